@@ -1,0 +1,318 @@
+"""Does the hybrid run end in as good a model as the plain FP32 loop, at equal epochs?
+
+    HYBRID_MAGIC_DATA=... OMP_NUM_THREADS=1 python -m benchmarks.accuracy
+
+A CNN with BatchNorm on the small CIFAR-100 set (20 superclasses) and a Transformer encoder on the
+small IMDB set, with SGD and AdamW, each trained three ways from the same weights on the same order
+of samples: `plain`, a PyTorch loop written out below, which never meets hybrid_magic; `fixed`,
+`hm.train` with the batch and FP32 kept; `hybrid`, `hm.train` as it comes. Every run is one line of
+results/accuracy.jsonl, so an interrupted benchmark goes on where it was; a line counts as long as
+the sources that made it are unchanged. Knows nothing of how the batch is steered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader, TensorDataset
+
+import hybrid_magic as hm
+
+from . import data, measure, models
+
+HERE = pathlib.Path(__file__).parent
+BASE = 32
+OPTIMIZERS = ("sgd", "adamw")
+VARIANTS = ("plain", "fixed", "hybrid")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One thing to train: its data, its model, its epochs and the learning rate per optimizer."""
+
+    name: str
+    split: Callable[[], data.Split]
+    model: Callable[[], nn.Module]
+    epochs: int
+    lr: dict[str, float]
+
+
+WORKS = {
+    "cnn": Work("cnn", cache(data.images), models.batchnorm_cnn, 10, {"sgd": 0.02, "adamw": 3e-3}),
+    "transformer": Work(
+        "transformer",
+        cache(data.reviews),
+        lambda: models.TextTransformer(data.VOCABULARY, data.LENGTH),
+        8,
+        {"sgd": 0.1, "adamw": 1e-3},
+    ),
+}
+
+
+def train(work: Work, optimizer: str, variant: str, seed: int, epochs: int) -> Row:
+    """Return what one run did: test accuracy, loss, optimizer steps, seconds, decisions."""
+    split = work.split()
+    torch.manual_seed(seed)
+    model = work.model()
+    loader = DataLoader(
+        TensorDataset(split.x_train, split.y_train),
+        batch_size=BASE,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    steps = make_optimizer(optimizer, model, work.lr[optimizer])
+    scheduler = CosineAnnealingLR(steps, T_max=epochs * len(loader))
+    run = None
+    wall, cpu = time.perf_counter(), time.process_time()
+    if variant == "plain":
+        taken = plain_loop(model, loader, steps, scheduler, epochs)
+    else:
+        kept = {"batch": "fixed", "micro": BASE, "precision": "fp32"} if variant == "fixed" else {}
+        run = hm.train(
+            model, loader, step, optimizer=steps, scheduler=scheduler, epochs=epochs, **kept
+        )
+        taken = run.steps
+    spent = {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
+    accuracy, loss = evaluate(model, split.x_test, split.y_test)
+    row = {"accuracy": accuracy, "test_loss": loss, "optimizer_steps": taken, **spent}
+    return row | (decisions(run) if run is not None else {})
+
+
+def make_optimizer(name: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    if name == "sgd":
+        return torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+    return torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
+
+
+def plain_loop(
+    model: nn.Module,
+    loader: DataLoader[Any],
+    optimizer: torch.optim.Optimizer,
+    scheduler: CosineAnnealingLR,
+    epochs: int,
+) -> int:
+    """Train as a notebook does by hand, in FP32; return the optimizer steps taken."""
+    steps = 0
+    model.train()
+    for _ in range(epochs):
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            steps += 1
+    return steps
+
+
+def step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, y = batch
+    return F.cross_entropy(model(x), y)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Return the accuracy in percent and the mean loss on the test split, in FP32."""
+    model.eval()
+    logits = torch.cat([model(part) for part in x.split(250)])
+    return 100 * (logits.argmax(1) == y).double().mean().item(), F.cross_entropy(logits, y).item()
+
+
+def decisions(run: hm.Run) -> Row:
+    """Return what steered the run: precision, skips, noise scale by tenths, every global change."""
+    seen = [record.noise_scale for record in run.history]
+    return {
+        "outcome": run.outcome,
+        "precision": run.start.precision if run.start else None,
+        "skipped_steps": run.skipped_steps,
+        "noise_scale": [seen[at * (len(seen) - 1) // 10] for at in range(11)] if seen else [],
+        "changes": [
+            [change.step, change.what, change.before, change.after, change.reason]
+            for change in run.changes
+        ],
+        "notes": run.notes,
+    }
+
+
+def jobs(works: Sequence[Work], arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yield the key of every run, seed by seed; which variant goes first rotates."""
+    recipe = measure.digest(HERE / name for name in ("accuracy.py", "data.py", "models.py"))
+    for seed in range(arguments.seeds):
+        for work in works:
+            for optimizer in OPTIMIZERS:
+                for turn in range(len(VARIANTS)):
+                    variant = VARIANTS[(seed + turn) % len(VARIANTS)]
+                    yield {
+                        "work": work.name,
+                        "optimizer": optimizer,
+                        "variant": variant,
+                        "seed": seed,
+                        "epochs": arguments.epochs or work.epochs,
+                        "recipe": recipe,
+                        "package": None if variant == "plain" else measure.package_digest(),
+                    }
+
+
+def identity(row: Row) -> tuple[Any, ...]:
+    names = ("work", "optimizer", "variant", "seed", "epochs", "recipe", "package")
+    return tuple(row[name] for name in names)
+
+
+def load(path: pathlib.Path) -> dict[tuple[Any, ...], Row]:
+    """Return the runs that were written to `path`; a line cut short by a kill is passed over."""
+    done = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        done[identity(row)] = row
+    return done
+
+
+def write(path: pathlib.Path, row: Row) -> None:
+    """Append one line in one write, so that two programs may share the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = (json.dumps(row) + "\n").encode()
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, line)
+    finally:
+        os.close(handle)
+
+
+def summarise(rows: Sequence[Row]) -> list[Row]:
+    """Return a line per work, optimizer and variant, against the plain loop of the same seeds."""
+    lines = []
+    groups = dict.fromkeys((row["work"], row["optimizer"]) for row in rows)
+    for work, optimizer in groups:
+        runs = {
+            variant: {
+                row["seed"]: row
+                for row in rows
+                if (row["work"], row["optimizer"], row["variant"]) == (work, optimizer, variant)
+            }
+            for variant in VARIANTS
+        }
+        for variant, by_seed in runs.items():
+            if by_seed:
+                head = {"work": work, "optimizer": optimizer, "variant": variant}
+                lines.append(head | compare(by_seed, runs["plain"], runs["fixed"]))
+    return lines
+
+
+def compare(own: dict[int, Row], plain: dict[int, Row], fixed: dict[int, Row]) -> Row:
+    """Return one variant's numbers, and its pairs with the plain and the fixed run of each seed."""
+    reached = [row["accuracy"] for row in own.values()]
+    differences = [own[seed]["accuracy"] - plain[seed]["accuracy"] for seed in own if seed in plain]
+    base = [row["accuracy"] for row in plain.values()]
+    enough = len(base) > 1 and len(differences) > 1
+    spread = statistics.stdev(base) if enough else None
+    steps = [row["optimizer_steps"] for row in own.values()]
+    return {
+        "n": len(own),
+        "accuracy": statistics.mean(reached),
+        "standard_error": statistics.stdev(reached) / len(reached) ** 0.5 if enough else None,
+        "lowest": min(reached),
+        "highest": max(reached),
+        "difference": measure.bootstrap(differences, statistics.mean) if enough else None,
+        "plain_spread": spread,
+        "within_spread": statistics.mean(differences) >= -spread if spread is not None else None,
+        "steps": [min(steps), max(steps)],
+        "cpu_to_plain": pairs(own, plain, "cpu_s"),
+        "cpu_to_fixed": pairs(own, fixed, "cpu_s"),
+        "wall_to_plain": pairs(own, plain, "wall_s"),
+    }
+
+
+def pairs(own: dict[int, Row], other: dict[int, Row], field: str) -> measure.Interval | None:
+    ratios = [own[seed][field] / other[seed][field] for seed in own if seed in other]
+    return measure.bootstrap(ratios) if ratios else None
+
+
+def report(lines: Sequence[Row], facts: Row) -> str:
+    """Return the Markdown page of a benchmark's lines."""
+    shown = []
+    for line in lines:
+        error = line["standard_error"]
+        shown.append(
+            {
+                "work": line["work"],
+                "optimizer": line["optimizer"],
+                "run": line["variant"],
+                "n": line["n"],
+                "accuracy %": f"{line['accuracy']:.2f}" + (f" ± {error:.2f}" if error else ""),
+                "range": f"{line['lowest']:.1f} to {line['highest']:.1f}",
+                "against plain, points": line["difference"] or "",
+                "plain's seed spread": f"{line['plain_spread']:.2f}" if error else "",
+                "within": {True: "yes", False: "**no**", None: ""}[line["within_spread"]],
+                "optimizer steps": "-".join(map(str, dict.fromkeys(line["steps"]))),
+                "CPU time / plain": line["cpu_to_plain"] or "",
+                "CPU time / fixed": line["cpu_to_fixed"] or "",
+            }
+        )
+    return f"{INTRODUCTION}\n{measure.table(shown)}\n{measure.header(facts)}"
+
+
+INTRODUCTION = """# Accuracy at equal epochs
+
+`plain` is a hand-written FP32 loop; `fixed` is `hm.train` with the loader's batch and FP32 kept;
+`hybrid` is `hm.train` as it comes. Weights and sample order are the same per seed. Accuracy: mean ±
+standard error over seeds. Differences are paired by seed, mean with a 95 % bootstrap interval (which
+is too narrow at so few seeds). *Within*: the mean difference is no worse than minus one standard
+deviation of the plain loop over its seeds. Times are medians of ratios paired by seed.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--work", choices=WORKS, action="append", help="default: all")
+    parser.add_argument("--variant", choices=VARIANTS, action="append", help="default: all")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1 (default 5)")
+    parser.add_argument("--epochs", type=int, help="in place of each work's own")
+    parser.add_argument("--report", action="store_true", help="train nothing; write the page anew")
+    parser.add_argument("--results", type=pathlib.Path, default=HERE / "results")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+
+    path = arguments.results / "accuracy.jsonl"
+    works = [WORKS[name] for name in arguments.work or WORKS]
+    done, wanted = load(path), list(jobs(works, arguments))
+    for key in wanted:
+        if arguments.report or identity(key) in done:
+            continue
+        if key["variant"] not in (arguments.variant or VARIANTS):
+            continue
+        work = WORKS[key["work"]]
+        row = key | train(work, key["optimizer"], key["variant"], key["seed"], key["epochs"])
+        write(path, row)
+        print(
+            f"{row['work']:12} {row['optimizer']:6} {row['variant']:7} seed {row['seed']}  "
+            f"{row['accuracy']:.1f} %  {row['optimizer_steps']} steps  {row['cpu_s']:.1f} s CPU",
+            flush=True,
+        )
+    done = load(path)
+    rows = [done[identity(key)] for key in wanted if identity(key) in done]
+    if rows:
+        seeds = f"0 to {arguments.seeds - 1}"
+        page = report(summarise(rows), measure.environment("python -m benchmarks.accuracy", seeds))
+        (arguments.results / "accuracy.md").write_text(page)
+        print(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""How the benchmarks measure: paired blocks, bootstrap intervals, exact counts, the header.
+
+A ratio is only as good as its pairing: the programs compared run by turns in one process, their
+order rotates, and each ratio is formed within a turn. Knows no model and no training loop.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import gc
+import hashlib
+import os
+import pathlib
+import platform
+import random
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import hybrid_magic
+
+# Ways in which a program reads a tensor's value on the host, and so waits for the device.
+HOST_READS = (
+    *("item", "tolist", "numpy", "cpu"),
+    *("__bool__", "__int__", "__float__", "__complex__", "__index__", "__array__"),
+)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """CPU seconds of all threads, and seconds on the clock."""
+
+    cpu_s: float
+    wall_s: float
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A statistic of `n` values with the 95 % bootstrap interval around it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def bootstrap(
+    values: Sequence[float],
+    statistic: Callable[[Sequence[float]], float] = statistics.median,
+    *,
+    draws: int = 4000,
+) -> Interval:
+    """Return `statistic` of `values` with its 95 % percentile bootstrap interval (fixed seed)."""
+    source = random.Random(0)
+    drawn = sorted(statistic(source.choices(values, k=len(values))) for _ in range(draws))
+    low, high = drawn[int(0.025 * draws)], drawn[int(0.975 * draws) - 1]
+    return Interval(statistic(values), low, high, len(values))
+
+
+def timed(work: Callable[[], Any]) -> Timing:
+    """Return what `work()` takes; garbage of what ran before is collected first."""
+    gc.collect()
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return Timing(time.process_time() - cpu, time.perf_counter() - wall)
+
+
+def paired_blocks(
+    works: dict[str, Callable[[], Any]], blocks: int, *, warmup: int = 1
+) -> dict[str, list[Timing]]:
+    """Return `blocks` timings of each work, run by turns in an order that rotates every block."""
+    names = list(works)
+    for _ in range(warmup):
+        for name in names:
+            works[name]()
+    timings: dict[str, list[Timing]] = {name: [] for name in names}
+    for _ in range(blocks):
+        for name in names:
+            timings[name].append(timed(works[name]))
+        names.append(names.pop(0))
+    return timings
+
+
+def ratio(ours: Sequence[Timing], theirs: Sequence[Timing], field: str = "cpu_s") -> Interval:
+    """Return the median of the paired ratios ours / theirs with its interval."""
+    pairs = zip(ours, theirs, strict=True)
+    return bootstrap([getattr(our, field) / getattr(their, field) for our, their in pairs])
+
+
+def count_calls(work: Callable[[], Any]) -> int:
+    """Return how many Python functions `work()` enters, on all threads that it starts too."""
+    calls: dict[int, int] = {}
+
+    def profiler(_frame: Any, event: str, _arg: Any) -> None:
+        if event == "call":
+            thread = threading.get_ident()
+            calls[thread] = calls.get(thread, 0) + 1
+
+    threading.setprofile(profiler)
+    sys.setprofile(profiler)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)  # type: ignore[arg-type]
+    return sum(calls.values())
+
+
+@contextmanager
+def host_reads() -> Any:
+    """Yield a dict that counts, by name, the reads of tensor values made inside the block."""
+    counts: dict[str, int] = {}
+
+    def counted(name: str, read: Callable[..., Any]) -> Callable[..., Any]:
+        def reading(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            counts[name] = counts.get(name, 0) + 1
+            return read(self, *args, **kwargs)
+
+        return reading
+
+    own = {name: torch.Tensor.__dict__.get(name) for name in HOST_READS}
+    for name in HOST_READS:
+        setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
+    try:
+        yield counts
+    finally:
+        for name, method in own.items():
+            if method is None:
+                delattr(torch.Tensor, name)
+            else:
+                setattr(torch.Tensor, name, method)
+
+
+def per_step(count: Callable[[int], int], short: int, long: int) -> float:
+    """Return the cost of one step, free of what a run costs once: by difference of two lengths."""
+    return (count(long) - count(short)) / (long - short)
+
+
+def digest(paths: Iterable[pathlib.Path]) -> str:
+    """Return ten hexadecimal digits that change when any of the files does."""
+    total = hashlib.sha256()
+    for path in sorted(paths):
+        total.update(path.name.encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()[:10]
+
+
+def package_digest() -> str:
+    """Return the digest of the part of hybrid_magic that trains: all but notebook and report."""
+    root = pathlib.Path(hybrid_magic.__file__).parent
+    return digest([*root.glob("*.py"), *root.glob("engine/*.py"), *root.glob("policy/*.py")])
+
+
+def environment(command: str, seed: str) -> dict[str, Any]:
+    """Return what a reader must know to place a number: machine, versions, seed, command."""
+    return {
+        "machine": _processor(),
+        "cores": len(_cores()),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "hybrid_magic": f"{hybrid_magic.__version__} (source {package_digest()})",
+        "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
+        "seed": seed,
+        "command": command,
+    }
+
+
+def _cores() -> Sequence[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return range(os.cpu_count() or 1)
+
+
+def _processor() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def header(facts: dict[str, Any]) -> str:
+    """Return the environment as one Markdown paragraph."""
+    return "; ".join(f"{name}: {value}" for name, value in facts.items() if name != "command") + (
+        f".\n\n    {facts['command']}\n"
+    )
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return rows of equal keys as a Markdown table."""
+    names = list(rows[0])
+    lines = [names, ["---"] * len(names), *([str(row[name]) for name in names] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """Return Interval and Timing as dicts, for JSON; everything else as it is."""
+    return asdict(value) if isinstance(value, (Interval, Timing)) else value

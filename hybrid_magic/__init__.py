@@ -1,0 +1,49 @@
+"""hybrid_magic: train the model in your notebook as a hybrid of mixed precision, gradient
+accumulation and adaptive batch scaling.
+
+    %load_ext hybrid_magic
+
+    %%hybrid_train --epochs 3 --val test_loader
+    x, y = batch
+    loss = F.cross_entropy(model(x), y)
+
+Importing this package loads neither torch nor IPython; what needs them is imported on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError, HybridMagicError
+from .run import Run, load_run
+
+if TYPE_CHECKING:
+    from .engine.train import train
+
+__version__ = "0.1.0"
+__all__ = ["ConfigError", "HybridMagicError", "Run", "last_run", "load_run", "train"]
+
+last_run: Run | None
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """Register the magics; called by `%load_ext hybrid_magic`."""
+    from .notebook.magics import register
+
+    register(shell)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":
+        from .engine.train import train
+
+        return train
+    if name == "last_run":
+        from . import run
+
+        return run.last_run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

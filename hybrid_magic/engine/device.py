@@ -1,0 +1,263 @@
+"""DeviceProbe: memory and timing of the device that trains, one class a kind of device.
+
+The base class is the case of a device that tells nothing: host clock, no memory. An unknown
+reading is `None`. `late` says that readings are of queued work, to be taken a step later.
+`is_out_of_memory` is the one place that recognises running out of memory. Knows no training.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..errors import HybridMagicError
+
+READ_EVERY_S = 0.05  # a memory reading costs 30-100 us: at most 0.2 % of a run
+
+
+class DeviceProbe:
+    """A device that can only be timed from the host."""
+
+    late = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._due = 0.0
+
+    @property
+    def total_bytes(self) -> int | None:
+        return None
+
+    @property
+    def taken_bytes(self) -> int:
+        """Bytes that others hold of the device, not to be had by this process."""
+        return 0
+
+    @property
+    def name(self) -> str:
+        return self.device.type
+
+    # A point in the device's time; `seconds` tells the time between two.
+    mark: Callable[[], Any] = staticmethod(time.perf_counter)
+
+    def seconds(self, start: Any, end: Any) -> float:
+        return end - start
+
+    def fetch(self, values: torch.Tensor) -> Any:
+        """Return a callable that gives `values` (1-D) as a list of floats, copied from now on."""
+        return values.tolist
+
+    def reset_peak(self) -> None:
+        """Begin a new peak."""
+
+    def peak(self) -> tuple[int | None, int | None]:
+        """Return the highest (allocated, reserved) bytes since the last `reset_peak`."""
+        return None, None
+
+    def peak_if_due(self) -> tuple[int | None, int | None]:
+        """Return `peak`, or Nones when it was read less than 50 ms ago."""
+        now = time.monotonic()
+        if now < self._due:
+            return None, None
+        self._due = now + READ_EVERY_S
+        return self.peak()
+
+    def pressure(self) -> int:
+        """Return how often the allocator had to free its cache and try again."""
+        return 0
+
+    def synchronize(self) -> None:
+        """Wait until the device's queued work is done."""
+
+    def budget_bytes(self, memory: float | int) -> int | None:
+        """Return the bytes that `--memory` allows: a fraction of what this process can have, or itself."""
+        if isinstance(memory, int) and memory > 1:
+            return memory
+        return None if self.total_bytes is None else int(memory * (self.total_bytes - self.taken_bytes))
+
+
+class CpuProbe(DeviceProbe):
+    """The host: the peak resident set of this process, which Linux lets one reset."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._status = "/proc/self/status" if os.path.exists("/proc/self/status") else None
+
+    @property
+    def total_bytes(self) -> int | None:
+        try:
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):
+            return None
+        for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+            try:
+                with open(path) as file:
+                    return min(total, int(file.read()))
+            except (OSError, ValueError):
+                continue
+        return total
+
+    @property
+    def name(self) -> str:
+        return f"cpu, {torch.get_num_threads()} threads"
+
+    def reset_peak(self) -> None:
+        try:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+        except OSError:  # not Linux, or a container that forbids it: the peak is the process's own
+            pass
+
+    def peak(self) -> tuple[int | None, int | None]:
+        if self._status is None:
+            return _resource_peak(), None
+        try:
+            with open(self._status, "rb") as file:
+                for line in file:
+                    if line.startswith(b"VmHWM"):
+                        return int(line.split()[1]) * 1024, None
+        except OSError:
+            pass
+        return None, None
+
+
+def _resource_peak() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class CudaProbe(DeviceProbe):
+    """An NVIDIA (or ROCm) GPU: the allocator's own peaks, events for time, read one step late."""
+
+    late = True
+
+    @property
+    def total_bytes(self) -> int | None:
+        return torch.cuda.get_device_properties(self.device).total_memory
+
+    @property
+    def taken_bytes(self) -> int:
+        free, total = torch.cuda.mem_get_info(self.device)
+        return max(0, total - free - torch.cuda.memory_reserved(self.device))
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.device)
+
+    def mark(self) -> Any:  # type: ignore[override]
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def fetch(self, values: torch.Tensor) -> Any:
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self.device))
+
+        def read() -> list[float]:
+            done.synchronize()
+            return host.tolist()
+
+        return read
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> tuple[int | None, int | None]:
+        return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
+
+    def pressure(self) -> int:
+        return torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+
+class MpsProbe(DeviceProbe):
+    """An Apple GPU: it tells what is allocated now, not a peak, so peaks are of the readings."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._peak = (0, 0)
+
+    @property
+    def total_bytes(self) -> int | None:
+        return torch.mps.recommended_max_memory()
+
+    def reset_peak(self) -> None:
+        self._peak = (0, 0)
+
+    def peak(self) -> tuple[int | None, int | None]:
+        now = torch.mps.current_allocated_memory(), torch.mps.driver_allocated_memory()
+        self._peak = max(self._peak[0], now[0]), max(self._peak[1], now[1])
+        return self._peak
+
+    def synchronize(self) -> None:
+        torch.mps.synchronize()
+
+
+def probe_for(device: torch.device) -> DeviceProbe:
+    """Return the probe of `device`."""
+    return {"cpu": CpuProbe, "cuda": CudaProbe, "mps": MpsProbe}.get(device.type, DeviceProbe)(device)
+
+
+def choose_device(asked: str | None, model: torch.nn.Module) -> torch.device:
+    """Return where to train: as asked, else where the model is if that is an accelerator, else the best.
+
+    Raises:
+        HybridMagicError: a device that does not exist here, or parameters on several devices.
+    """
+    found = {parameter.device for parameter in model.parameters()}
+    if asked is not None:
+        try:
+            device = torch.device(asked)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            why = str(error).splitlines()[0]
+            raise HybridMagicError(
+                f"--device {asked} cannot be used here ({why}); wanted a device of this machine; try --device cpu"
+            ) from None
+        return device
+    if len(found) > 1:
+        raise HybridMagicError(
+            f"the model's parameters are on {', '.join(sorted(map(str, found)))}; wanted one device; "
+            "move the model to one, or name it with --device"
+        )
+    (device,) = found
+    if device.type != "cpu":
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return device
+
+
+_OUT_OF_MEMORY = (
+    "out of memory",  # CUDA, HIP and MPS
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "can't allocate memory",  # the CPU allocator
+    "not enough memory",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` is a device or the host running out of memory, in any of its faces."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(face in str(error) for face in _OUT_OF_MEMORY)

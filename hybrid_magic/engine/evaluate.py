@@ -1,0 +1,47 @@
+"""Validation: the step's own forward pass over a loader, in eval mode, without gradients.
+
+Leaves modes as they were. One host read for the whole pass. Knows no record.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import nested
+from .reduction import Reduction
+from .step import StepState, forward
+
+
+def evaluate(state: StepState, loader: Any) -> dict[str, float]:
+    """Return the mean loss and the sample-weighted mean of every logged value over `loader`.
+
+    Args:
+        state: the run's step state; its model's modes are put back.
+        loader: batches as the step takes them; read once, whole.
+    """
+    modes = [(module, module.training) for module in state.model.modules()]
+    reduction = state.reduction or Reduction("mean", "")
+    sums: dict[str, tuple[Any, float]] = {}
+    state.model.eval()
+    try:
+        with torch.no_grad():
+            for batch in loader:
+                n = nested.count(batch) or 1
+                moved = batch if state.move is None else state.move(batch)
+                loss, logged = forward(state, moved)
+                weight = 1.0 if reduction.kind == "sum" else reduction.counts([batch], [n])[0]
+                share = n if reduction.kind == "sum" else weight
+                for name, value, factor, count in [
+                    ("loss", loss, weight, share),
+                    *((name, value, n, n) for name, value in logged.items()),
+                ]:
+                    value = torch.as_tensor(value, dtype=torch.float32, device=loss.device).mean()
+                    total, seen = sums.get(name, (0.0, 0.0))
+                    # a batch in which nothing counts has no loss, and none is added
+                    sums[name] = (total + value * factor if factor else total, seen + count)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return {name: float(total) / seen for name, (total, seen) in sums.items() if seen}

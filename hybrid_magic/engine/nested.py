@@ -1,0 +1,128 @@
+"""Batches of any nesting: how many samples they hold, a slice of them, their tensors on a device.
+
+A batch is a tree of dicts, lists, tuples, namedtuples and dataclasses with tensors, arrays and
+plain values at its leaves. Samples lie along the first dimension of every tensor that has one.
+What is not understood is left whole; nothing here guesses. Knows no loader and no model.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+
+def map_leaves(tree: Any, fn: Callable[[Any], Any]) -> Any:
+    """Return `tree` rebuilt with `fn` applied to every leaf; the person's containers are kept."""
+    if isinstance(tree, torch.Tensor):
+        return fn(tree)
+    if isinstance(tree, list):
+        return [map_leaves(item, fn) for item in tree]
+    if isinstance(tree, tuple):
+        items = [map_leaves(item, fn) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+    if type(tree) is dict:
+        return {key: map_leaves(item, fn) for key, item in tree.items()}
+    if isinstance(tree, Mapping):
+        clone: Any = copy.copy(tree)
+        for key in tree:
+            clone[key] = map_leaves(tree[key], fn)
+        return clone
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        clone = copy.copy(tree)
+        for item in dataclasses.fields(tree):
+            object.__setattr__(clone, item.name, map_leaves(getattr(tree, item.name), fn))
+        return clone
+    return fn(tree)
+
+
+def leaves(tree: Any) -> Iterator[Any]:
+    """Yield the leaves of `tree` in the order in which `map_leaves` visits them."""
+    found: list[Any] = []
+    map_leaves(tree, found.append)
+    yield from found
+
+
+def to_device(tree: Any, device: torch.device, *, channels_last: bool = False) -> Any:
+    """Return `tree` with its tensors, and objects that have a `.to`, on `device` (non-blocking)."""
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            if channels_last and leaf.dim() == 4:
+                return leaf.to(device, non_blocking=True, memory_format=torch.channels_last)
+            return leaf.to(device, non_blocking=True)
+        mover = getattr(leaf, "to", None)
+        return mover(device) if callable(mover) else leaf
+
+    return map_leaves(tree, move)
+
+
+def count(batch: Any) -> int | None:
+    """Return how many samples `batch` holds, None when it cannot be cut between samples.
+
+    Every tensor (or array) with a dimension must agree on the first one. A pair of equally long
+    lists of per-sample items, as `tuple(zip(*samples))` collates, holds their length.
+    """
+    if type(batch) in (list, tuple) and len(batch) == 2:  # (x, y) as most loaders yield it
+        x, y = batch
+        if type(x) is type(y) is torch.Tensor and x.dim() and y.dim() and len(x) == len(y):
+            return len(x)
+    sizes = {leaf.shape[0] for leaf in leaves(batch) if _has_rows(leaf)}
+    if len(sizes) == 1 and not _per_sample(batch, sizes):
+        return sizes.pop()
+    columns = _columns(batch)
+    return len(columns[0]) if columns else None
+
+
+def rows(batch: Any, start: int, stop: int) -> Any:
+    """Return samples `start` to `stop` of a batch that `count` could count; tensors are views."""
+    columns = _columns(batch)
+    n = count(batch)
+    if columns and _per_sample(batch, {leaf.shape[0] for leaf in leaves(batch) if _has_rows(leaf)}):
+        return type(batch)(column[start:stop] for column in batch)
+    return _rows(batch, n, start, stop)
+
+
+def _rows(tree: Any, n: int | None, start: int, stop: int) -> Any:
+    if isinstance(tree, (list, tuple)) and not hasattr(tree, "_fields") and len(tree) == n:
+        if not any(_has_rows(leaf) for leaf in leaves(tree)):
+            return tree[start:stop]  # one plain value a sample: strings, ids
+    if isinstance(tree, list):
+        return [_rows(item, n, start, stop) for item in tree]
+    if isinstance(tree, tuple):
+        items = [_rows(item, n, start, stop) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+    if isinstance(tree, Mapping):
+        clone: Any = copy.copy(tree)
+        for key in tree:
+            clone[key] = _rows(tree[key], n, start, stop)
+        return clone
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        clone = copy.copy(tree)
+        for item in dataclasses.fields(tree):
+            object.__setattr__(clone, item.name, _rows(getattr(tree, item.name), n, start, stop))
+        return clone
+    return tree[start:stop] if _has_rows(tree) else tree
+
+
+def _has_rows(leaf: Any) -> bool:
+    shape = getattr(leaf, "shape", None)
+    return shape is not None and len(shape) > 0 and hasattr(leaf, "__getitem__")
+
+
+def _columns(batch: Any) -> list[Any] | None:
+    """Return the equally long lists that make up `batch`, None when it is not made of such."""
+    if type(batch) not in (list, tuple) or not batch:
+        return None
+    if not all(type(column) in (list, tuple) and column for column in batch):
+        return None
+    return list(batch) if len({len(column) for column in batch}) == 1 else None
+
+
+def _per_sample(batch: Any, sizes: set[int]) -> bool:
+    """Return whether `batch` is columns of per-sample items rather than tensors over samples."""
+    columns = _columns(batch)
+    return columns is not None and sizes != {len(columns[0])}

@@ -1,0 +1,338 @@
+"""TrainState: where a run stands. Turns what steps gave into records and facts for the policy,
+and requests into changes of the run.
+
+Device values are read a step late where the device works ahead of the host, so that reading never
+makes it wait. Trains nothing itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from .. import __version__
+from .. import run as runs
+from ..config import TrainConfig
+from ..policy import steering
+from ..records import BatchChangeRecord, NoteRecord, Record, Sink, StepRecord, ValidationRecord
+from ..run import Run
+from .control import RunControl
+from .data import Feed, StepData
+from .device import DeviceProbe
+from .evaluate import evaluate
+from .prepare import Interrupts
+from .schedule import ScheduleClock
+from .step import StepResult, StepState
+
+LATE_STEPS = 8  # how far reading may lag behind a device that decides for itself whether to skip
+
+
+class TrainState:
+    """All that changes while a run goes on, beside model and optimizer."""
+
+    step_state: StepState
+    interrupts: Interrupts
+    schedule: ScheduleClock | None = None
+
+    def __init__(
+        self,
+        run: Run,
+        sink: Sink | None,
+        control: RunControl | None,
+        config: TrainConfig,
+        probe: DeviceProbe,
+        settings: steering.Settings,
+        feed: Feed,
+    ) -> None:
+        self.run, self.probe, self.feed = run, probe, feed
+        self.step = self.samples = self.epoch = self.in_epoch = 0
+        self._sink, self._control = sink, control
+        self._steering = steering.init(settings)
+        self._pinned = settings.batch != "adaptive" and (settings.micro or settings.accum) is not None
+        ends = (config.epochs, config.steps, config.minutes)
+        self._epochs = 1 if ends == (None, None, None) else config.epochs
+        self._steps = config.steps
+        self._seconds = None if config.minutes is None else 60 * config.minutes
+        self._pending: deque[tuple[int, int, StepResult, float, float]] = deque()
+        self._begun = 0.0
+        self._not_training = 0.0  # seconds of validation and of pauses
+        self._retries = 0
+        self._noise_scale: float | None = None
+        self._validated = 0
+
+    # -- what the data asks --
+
+    def plan(self, remaining: int | None) -> steering.StepPlan:
+        """Plan the next step, with `remaining` samples left in the epoch (None: unknown)."""
+        plan, self._steering = steering.plan(self._steering, remaining)
+        return plan
+
+    def lr_factor(self, size: int) -> float:
+        """Return the factor on the learning rate for a step of `size` samples."""
+        return steering.lr_factor(self._steering, size)
+
+    def measures_peaks(self, data: StepData) -> bool:
+        """Whether this step's micro-batches are the first points of the memory line."""
+        return self.step == 0 and len(data.sizes) > 1
+
+    def learn(self, points: Sequence[tuple[int, float, int | None]]) -> None:
+        """Tell the policy of passes (samples, seconds, peak bytes) that trained nothing."""
+        self._steering = steering.rehearsed(self._steering, points)
+
+    # -- what a step gave --
+
+    def took(self, result: StepResult, waited: float, size: int, seconds: float) -> None:
+        """Take in one step: `waited` seconds for data of `seconds` in all, `size` samples."""
+        self.step += 1
+        self.samples += size
+        self.in_epoch += size
+        if self.schedule is not None:
+            self.schedule.advance(self.in_epoch)
+        if not self.probe.late:
+            self._finish(self.step, self.samples, result, waited, seconds)
+            return
+        self._pending.append((self.step, self.samples, result, waited, seconds))
+        late = LATE_STEPS if self.step_state.skip_on_device else 1
+        while len(self._pending) > late:
+            self._finish(*self._pending.popleft())
+
+    def _finish(
+        self, step: int, samples: int, result: StepResult, waited: float, seconds: float
+    ) -> None:
+        """Read a step's values, record it, and let the policy answer."""
+        values, sizes, marks = result.values(), result.sizes, result.marks
+        loss, norm = values[0], math.hypot(*values[1 : 1 + result.gradients])
+        skipped = result.skipped if result.skipped is not None else loss + norm - (loss + norm) != 0.0
+        span = self.probe.seconds
+        forward = backward = 0.0
+        micro = []
+        for at in range(0, 2 * len(sizes), 2):
+            ahead = span(marks[at], marks[at + 1])
+            back = span(marks[at + 1], marks[at + 2])
+            forward, backward = forward + ahead, backward + back
+            micro.append(ahead + back)
+        optimizer = span(marks[-2], marks[-1])
+        allocated, reserved = self._peaks(result)
+        size = sum(sizes)
+        if self.step_state.reduction is not None and self.step_state.reduction.kind == "sum":
+            loss /= size
+        if not self._pinned:
+            noise = _noise_pair(result, values)
+            self._steering, changes = steering.observe(
+                self._steering,
+                steering.StepFacts(
+                    step=step,
+                    sizes=tuple(sizes),
+                    loss=loss,
+                    grad_norm=norm,
+                    skipped=skipped,
+                    micro_seconds=tuple(micro),
+                    optimizer_seconds=optimizer,
+                    peaks=None if result.peaks is None else tuple(result.peaks),
+                    peak_bytes=allocated,
+                    pressure=self._pressure(allocated),
+                    noise=noise,
+                ),
+            )
+            for change in changes:
+                self.emit(change)
+            if noise is not None:
+                self._noise_scale = steering.noise_scale(self._steering)
+        if skipped:
+            self.run.skipped_steps += 1
+        else:
+            self.run.final_loss = loss
+        logged = values[len(values) - len(result.names) :] if result.names else ()
+        self.emit(
+            StepRecord(
+                step, samples, loss, norm, result.lr, size, sizes[0], len(sizes), skipped, 0, waited,
+                forward, backward, optimizer, seconds, allocated, reserved, self._noise_scale,
+                dict(zip(result.names, logged)) if result.names else None,
+            )
+        )  # fmt: skip
+
+    def _peaks(self, result: StepResult) -> tuple[int | None, int | None]:
+        allocated, reserved = self.probe.peak_if_due()
+        if allocated is not None:
+            self.probe.reset_peak()
+        if result.peaks:
+            allocated = max([allocated or 0, *(peak or 0 for peak in result.peaks)]) or None
+        run = self.run
+        if allocated is not None:
+            run.peak_allocated_bytes = max(run.peak_allocated_bytes or 0, allocated)
+        if reserved is not None:
+            run.peak_reserved_bytes = max(run.peak_reserved_bytes or 0, reserved)
+        return allocated, reserved
+
+    def _pressure(self, allocated: int | None) -> bool:
+        """Return whether the allocator had to try again since the last reading."""
+        if allocated is None or not self.probe.late:
+            return False
+        retries, before = self.probe.pressure(), self._retries
+        self._retries = retries
+        return retries > before
+
+    # -- what a person asks --
+
+    def obey(self) -> bool:
+        """Do what was asked since the last step; return whether the run ends here.
+
+        Raises:
+            KeyboardInterrupt: the kernel was interrupted while the last step was made whole.
+        """
+        control = self._control
+        if control is not None:
+            if control.poll is not None:
+                control.poll()
+            if control.mail and self._requests(control):
+                return True
+        if self.interrupts.hit:
+            raise KeyboardInterrupt
+        if self.step == self._steps or self._seconds is not None and self._trained() >= self._seconds:
+            self.run.outcome = "finished"
+            return True
+        return False
+
+    def _requests(self, control: RunControl) -> bool:
+        paused_at: float | None = None
+        while control.mail or paused_at is not None:
+            if not control.mail:
+                if self.interrupts.hit:
+                    raise KeyboardInterrupt
+                if control.poll is not None:
+                    control.poll()
+                time.sleep(0.02)
+                continue
+            name, value = control.mail.popleft()
+            if name == "stop":
+                self._asked("running", "stopped", "the stop button")
+                self.run.outcome = "stopped"
+            elif name == "pause" and paused_at is None:
+                paused_at = time.perf_counter()
+                self._asked("running", "paused", "the pause button")
+            if name in ("stop", "resume") and paused_at is not None:
+                self._not_training += time.perf_counter() - paused_at
+                paused_at = None
+                if name == "resume":
+                    self._asked("paused", "running", "the resume button")
+            if name == "stop":
+                return True
+            if name not in ("pause", "resume"):
+                self._steering, changes = steering.apply(self._steering, name, value, self.step)
+                for change in changes:
+                    self.emit(change)
+        return False
+
+    def _asked(self, before: str, after: str, reason: str) -> None:
+        self.emit(BatchChangeRecord(self.step, before, after, "control", f"{reason}: {after} at step {self.step}"))
+
+    # -- epochs and the end --
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.epoch, self.in_epoch = epoch, 0
+        if epoch == 0:
+            self._begun = time.perf_counter()
+            self.probe.reset_peak()
+            return
+        sampler = getattr(getattr(self.feed, "_sampler", None), "set_epoch", None)
+        if callable(sampler):
+            sampler(epoch)
+
+    def end_epoch(self, val: Any) -> bool:
+        """Validate, advance the schedule, and return whether this was the last epoch."""
+        metrics = None if val is None else self._validate(val)
+        if self.schedule is not None:
+            self.schedule.end_epoch(
+                self.in_epoch, self.run.final_loss if metrics is None else metrics.get("loss")
+            )
+        if self._epochs is not None and self.epoch + 1 >= self._epochs:
+            self.run.outcome = "finished"
+            return True
+        return False
+
+    def _validate(self, val: Any) -> dict[str, float]:
+        start = time.perf_counter()
+        with self.interrupts.at_once():
+            metrics = {"epoch": self.epoch + 1, **evaluate(self.step_state, val)}
+        taken = time.perf_counter() - start
+        self._not_training += taken
+        self.run.validation_seconds += taken
+        self._validated = self.step
+        self.emit(ValidationRecord(self.step, metrics))
+        return metrics
+
+    @contextlib.contextmanager
+    def ending(self, val: Any = None) -> Iterator[None]:
+        """Close the run's books on every way out, and make it the last run once it had begun."""
+        run = self.run
+        try:
+            yield
+            self._flush()
+            if val is not None and run.outcome == "finished" and self._validated < self.step:
+                self._validate(val)  # the run ended inside an epoch
+        except KeyboardInterrupt:
+            run.outcome = "interrupted"
+            self._flush()
+            raise
+        except BaseException as error:
+            run.outcome, run.error = "failed", f"{type(error).__name__}: {error}"
+            self._pending.clear()
+            raise
+        finally:
+            run.steps, run.samples_seen = self.step, self.samples
+            run.seconds = self._trained()
+            if run.start is not None:
+                runs.last_run = run
+
+    def _flush(self) -> None:
+        while self._pending:
+            self._finish(*self._pending.popleft())
+
+    def _trained(self) -> float:
+        """Return the seconds spent training so far: no validation, no pause."""
+        return time.perf_counter() - self._begun - self._not_training if self._begun else 0.0
+
+    # -- records --
+
+    def emit(self, record: Record) -> None:
+        self.run.add(record)
+        if self._sink is not None:
+            self._sink(record)
+
+    def note(self, text: str) -> None:
+        self.emit(NoteRecord(text))
+
+
+def _noise_pair(result: StepResult, values: list[float]) -> tuple[float, float, int, int] | None:
+    """Return (|g_small|^2, |g_large|^2, n_small, n_large) of a step that measured them."""
+    size = sum(result.sizes)
+    if result.noise == "pair":
+        this, before, both = values[1 + result.gradients :][:3]
+        return (this**2 + before**2) / 2, both**2, size, 2 * size
+    if result.noise == "cut":
+        small, large = values[1 + result.gradients :][:2]
+        small /= result.first_weight
+        return small**2, large**2, result.sizes[0], size
+    return None
+
+
+def environment(probe: DeviceProbe) -> dict[str, Any]:
+    """Return what a number of this run depends on: versions, machine, device."""
+    return {
+        "hybrid_magic": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": probe.name,
+    }

@@ -1,0 +1,83 @@
+"""Measuring without training: forward and backward passes that leave no trace.
+
+Buffers, random state and gradients are put back, and the samples are trained on afterwards as if
+nothing had been. Used where a real step cannot be measured: to choose a precision, and to size the
+micro-batch of models with batch statistics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from . import nested
+from .precision import Precision
+from .prepare import RandomState
+from .step import StepState, check_loss, forward
+
+GAIN = 1.15  # a reduced precision must be this much faster than fp32 to be chosen by measurement
+
+
+@contextlib.contextmanager
+def leaving_no_trace(state: StepState) -> Iterator[None]:
+    """Put buffers, random state, gradients and precision back at the end."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in state.model.buffers()]
+    found, precision = RandomState(state.device.device), state.precision
+    try:
+        yield
+    finally:
+        state.precision = precision
+        for param in state.params:
+            param.grad = None
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        found.put_back()
+
+
+def _pass_seconds(state: StepState, batch: Any) -> float:
+    """Return the seconds of one forward and backward pass on a host batch."""
+    state.device.synchronize()
+    start = state.device.mark()
+    loss, _ = forward(state, batch if state.move is None else state.move(batch))
+    check_loss(loss)
+    loss.backward()
+    seconds = state.device.seconds(start, state.device.mark())
+    for param in state.params:
+        param.grad = None
+    return seconds
+
+
+def faster_precision(state: StepState, batch: Any, name: str, *, rounds: int = 5) -> tuple[str, str]:
+    """Return the faster of fp32 and `name` on `batch`, and the measurement in words.
+
+    The two take turns; the fastest pass of each counts. fp32 stays unless `name` is 15 % faster.
+    """
+    candidates = {"fp32": Precision("fp32", state.device.device), name: Precision(name, state.device.device)}
+    best = dict.fromkeys(candidates, float("inf"))
+    with leaving_no_trace(state):
+        for turn in range(rounds + 1):
+            for key, precision in candidates.items():
+                state.precision = precision
+                seconds = _pass_seconds(state, batch)
+                if turn > 0:  # the first pass warms up
+                    best[key] = min(best[key], seconds)
+    chosen = name if best["fp32"] > GAIN * best[name] else "fp32"
+    times = " and ".join(f"{key} {seconds * 1e3:.3g} ms" for key, seconds in best.items())
+    return chosen, f"a micro-batch took {times}"
+
+
+def measure_sizes(
+    state: StepState, batch: Any, sizes: Sequence[int]
+) -> list[tuple[int, float, int | None]]:
+    """Return (samples, seconds, peak bytes) of a pass over the first `sizes` samples of `batch`."""
+    points: list[tuple[int, float, int | None]] = []
+    with leaving_no_trace(state):
+        for size in sizes:
+            state.device.reset_peak()
+            seconds = _pass_seconds(state, nested.rows(batch, 0, size))
+            points.append((size, seconds, state.device.peak()[0]))
+    return points

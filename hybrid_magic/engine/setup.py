@@ -1,0 +1,177 @@
+"""From a checked task to a run that can begin: optimizer, limits, precision, the step's state.
+
+Everything inferred here is said in a note. Trains nothing.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from ..config import TrainConfig
+from ..errors import ConfigError
+from ..policy import steering
+from ..records import BatchChangeRecord, StartRecord
+from . import precision as precisions
+from . import rehearse
+from .data import StepData
+from .device import DeviceProbe
+from .gradients import NoiseProbe, family
+from .nested import count, to_device
+from .precision import Precision
+from .prepare import fast_formats
+from .progress import TrainState
+from .schedule import ScheduleClock
+from .step import StepState
+from .task import Task, has_batch_statistics, infer_step
+
+GROWTH = 16  # --max-batch: how many times its own batch a loader's batch may grow to
+
+
+def make_optimizer(task: Task, config: TrainConfig, probe: DeviceProbe) -> torch.optim.Optimizer:
+    """Return the person's optimizer, or a fresh AdamW over the model's trainable parameters."""
+    if task.optimizer is not None:
+        return task.optimizer
+    lr = 1e-3 if config.lr is None else config.lr
+    trainable = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+    task.notes.append(f"optimizer: a fresh AdamW with learning rate {lr:g}")
+    return torch.optim.AdamW(trainable, lr=lr, fused=True if probe.device.type == "cuda" else None)
+
+
+def settings_for(
+    task: Task, config: TrainConfig, probe: DeviceProbe, optimizer: torch.optim.Optimizer
+) -> steering.Settings:
+    """Return what the policy may do in this run."""
+    feed = task.feed
+    if feed.most is not None and isinstance(config.micro, int) and config.micro > feed.most:
+        raise ConfigError(
+            f"--micro {config.micro} is above {feed.most}, the batch that {task.names['loader']} yields; its "
+            f"batches can be cut and not joined; use at most {feed.most}, or a map-style DataLoader"
+        )
+    return steering.Settings(
+        base=feed.base,
+        batch=config.batch,
+        policy=config.policy,
+        max_batch=config.max_batch or GROWTH * feed.base,
+        efficiency=config.efficiency,
+        accum=None if config.accum == "auto" else int(config.accum),
+        micro=None if config.micro == "auto" else int(config.micro),
+        micro_most=feed.most,
+        budget_bytes=probe.budget_bytes(config.memory),
+        batch_statistics=has_batch_statistics(task.model),
+        family=family(optimizer),
+        lr_scale=config.lr_scale,
+        warmup=config.warmup,
+        sum_reduction=config.reduction == "sum",
+    )
+
+
+def open_state(
+    task: Task,
+    config: TrainConfig,
+    probe: DeviceProbe,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    first: StepData,
+    stack: ExitStack,
+) -> StepState:
+    """Return the step's state for a model that is prepared; say what was chosen and inferred.
+
+    Args:
+        state: the run's state, which emits the start, the notes and the first change.
+        first: the first step's samples; measured on when a choice needs it, and trained on later.
+        stack: takes what must be undone when the run ends.
+    """
+    compute = task.compute
+    if compute is None:
+        compute, said = infer_step(task, first.batches[0])
+        task.notes.append(said)
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    ready = StepState(
+        model=task.model,
+        compute=compute,
+        optimizer=optimizer,
+        params=params,
+        precision=Precision("fp32", probe.device),
+        device=probe,
+        noise=NoiseProbe(optimizer, params),
+        asked_reduction=config.reduction,
+        clip=config.clip,
+        batch_statistics=has_batch_statistics(task.model),
+        move=_mover(probe, channels_last=False),
+    )
+    ready.precision, reason = _choose_precision(ready, config, first)
+    if stack.enter_context(fast_formats(task.model, ready.precision, probe.device)):
+        ready.move = _mover(probe, channels_last=True)
+    ready.skip_on_device = probe.late and all(group.get("fused") for group in optimizer.param_groups)
+    schedule = None
+    if task.scheduler is not None:
+        batches = None if task.feed.samples is None else -(-task.feed.samples // task.feed.base)
+        schedule = ScheduleClock(task.scheduler, task.feed.base, batches, config.epochs)
+        task.notes.append(f"scheduler: one step per {schedule.per} ({schedule.why})")
+    state.schedule = schedule
+    state.emit(_start(task, config, probe, optimizer, ready.precision.name))
+    for note in task.notes:
+        state.note(note)
+    if config.precision == "auto":
+        state.emit(BatchChangeRecord(0, "auto", ready.precision.name, "precision", reason))
+    _measure_sizes(ready, state, first)
+    return ready
+
+
+def _mover(probe: DeviceProbe, *, channels_last: bool) -> Any:
+    if probe.device.type == "cpu":
+        return None
+    return lambda batch: to_device(batch, probe.device, channels_last=channels_last)
+
+
+def _choose_precision(ready: StepState, config: TrainConfig, first: StepData) -> tuple[Precision, str]:
+    """Return the precision of the run and why, measuring where the device does not settle it."""
+    device = ready.device.device
+    if config.precision != "auto":
+        return Precision(config.precision, device), "asked for"
+    if any(param.dtype == torch.float64 for param in ready.params):
+        return Precision("fp32", device), "computing as the weights are, in float64"
+    name, why = precisions.native(device)
+    measured = precisions.worth_measuring(device)
+    if name is None and measured is not None:
+        name, times = rehearse.faster_precision(ready, first.batches[0], measured)
+        why = f"{why}, and {times}"
+    return Precision(name or "fp32", device), f"chose {name or 'fp32'}: {why}"
+
+
+def _measure_sizes(ready: StepState, state: TrainState, first: StepData) -> None:
+    """Size the micro-batch of a model with batch statistics by passes that leave no trace.
+
+    Its first real step cannot be cut into small micro-batches, since they would change what
+    BatchNorm learns; on a device whose memory is the limit the sizes are therefore rehearsed.
+    """
+    if not ready.batch_statistics or not ready.device.late or len(first.sizes) != 1:
+        return
+    size, batch = first.sizes[0], first.batches[0]
+    if count(batch) != size or size < 16:
+        return
+    sizes = (max(2, size // 8), size // 4, size // 2)
+    state.learn(rehearse.measure_sizes(ready, batch, sizes))
+
+
+def _start(
+    task: Task, config: TrainConfig, probe: DeviceProbe, optimizer: torch.optim.Optimizer, precision: str
+) -> StartRecord:
+    ends = (config.epochs, config.steps, config.minutes)
+    return StartRecord(
+        model=type(task.model).__name__,
+        device=probe.name,
+        precision=precision,
+        optimizer=type(optimizer).__name__,
+        base_batch_size=task.feed.base,
+        samples_per_epoch=task.feed.samples,
+        epochs=1 if ends == (None, None, None) else config.epochs,
+        steps=config.steps,
+        minutes=config.minutes,
+        memory_budget_bytes=probe.budget_bytes(config.memory),
+        device_bytes=probe.total_bytes,
+        parameters=sum(parameter.numel() for parameter in task.model.parameters()),
+    )

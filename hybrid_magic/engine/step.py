@@ -1,0 +1,242 @@
+"""One optimizer step: the one `backward()` and the one `optimizer.step()` of the package.
+
+A step's micro-batches are weighted so that its gradient is that of the mean loss over its samples,
+however it is cut. A gradient that is not finite never reaches the weights. The host reads device
+values at most once a step, and not at all when the optimizer can be told on the device to skip.
+Knows no policy, no loader and no record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reduction
+from .data import StepData
+from .device import DeviceProbe
+from .gradients import NoiseProbe, gradient_norms
+from .precision import Precision
+from .reduction import LossWatch, Reduction
+
+Compute = Callable[[Any, Any], Any]  # (model, batch) -> loss, or (loss, {"name": value})
+
+
+@dataclass(slots=True)
+class StepState:
+    """All that a step works on; lives as long as the run."""
+
+    model: torch.nn.Module
+    compute: Compute
+    optimizer: torch.optim.Optimizer
+    params: list[Tensor]
+    precision: Precision
+    device: DeviceProbe
+    noise: NoiseProbe
+    asked_reduction: str
+    clip: float | None
+    batch_statistics: bool
+    move: Callable[[Any], Any] | None  # host batch -> device batch; None: it is there already
+    steps: int = 0
+    reduction: Reduction | None = None
+    skip_on_device: bool = False
+    scales: dict[float, Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step gave. `values` reads, from the device: the loss, `gradients` norms, the norms of a
+    noise measurement (`noise`: "cut" two, "pair" three), and the logged values by `names`.
+    """
+
+    sizes: list[int]
+    lr: float
+    values: Callable[[], list[float]]
+    gradients: int
+    noise: str | None
+    names: Sequence[str]
+    skipped: bool | None  # None: decided on the device, to be read with the values
+    marks: list[Any] = field(default_factory=list)
+    first_weight: float = 1.0
+    peaks: list[int | None] | None = None
+
+
+def train_step(
+    state: StepState, data: StepData, lr_factor: float = 1.0, *, measure_peaks: bool = False
+) -> StepResult:
+    """Train one step on `data` and return what it gave.
+
+    Args:
+        state: model, optimizer and the rest; gradients are None before and after.
+        data: the step's micro-batches on the host.
+        lr_factor: factor on the optimizer's learning rates for this step only.
+        measure_peaks: read the device's memory peak after each micro-batch.
+    Raises:
+        Whatever the person's own step raises, and ValueError when it returns no single loss.
+    """
+    mark, marks = state.device.mark, []
+    probing = (data.probe or state.noise.waits) and state.noise.begin(state.steps)
+    paired = probing and state.batch_statistics
+    norms: list[Tensor] = []
+    weights: list[float] | None = None
+    if state.reduction is not None:
+        weights = (
+            [1.0]
+            if len(data.sizes) == 1
+            else reduction.weights(state.reduction, data.batches, data.sizes)
+        )
+    total: Tensor | None = None
+    logged: dict[str, Tensor] = {}
+    peaks: list[int | None] | None = [] if measure_peaks else None
+    for number, batch in enumerate(data.batches):
+        if peaks is not None:
+            state.device.reset_peak()
+        marks.append(mark())
+        moved = batch if state.move is None else state.move(batch)
+        if weights is None:
+            loss, extra = _watched_forward(state, data, moved, number)
+            weights = reduction.weights(state.reduction, data.batches, data.sizes)  # type: ignore[arg-type]
+        else:
+            loss, extra = forward(state, moved)
+        marks.append(mark())
+        weight = weights[number]
+        scaled = loss if state.precision.scaler is None else state.precision.scaler.scale(loss)
+        scaled.backward(None if weight == 1.0 else _gradient(state, weight, scaled))
+        share = loss.detach() if weight == 1.0 else loss.detach() * weight
+        total = share if total is None else total + share
+        for name, value in extra.items():
+            part = torch.as_tensor(value, dtype=torch.float32, device=loss.device).detach()
+            part = part.mean() * (data.sizes[number] / sum(data.sizes))
+            logged[name] = part if name not in logged else logged[name] + part
+        if probing and not paired and number == 0 and len(data.sizes) > 1:
+            norms.append(state.noise.norm())
+        if peaks is not None:
+            peaks.append(state.device.peak()[0])
+    assert total is not None and weights is not None
+    marks.append(mark())
+    result = _apply(state, data, total, logged, norms, paired, lr_factor)
+    marks.append(mark())
+    state.steps += 1
+    result.marks, result.first_weight, result.peaks = marks, weights[0], peaks
+    return result
+
+
+def forward(state: StepState, batch: Any) -> tuple[Tensor, dict[str, Any]]:
+    """Return (loss, logged values) of the person's step on a batch that is on the device."""
+    if state.precision.mixed:
+        with state.precision.autocast():
+            result = state.compute(state.model, batch)
+    else:
+        result = state.compute(state.model, batch)
+    return result if type(result) is tuple else (result, {})
+
+
+def _watched_forward(
+    state: StepState, data: StepData, batch: Any, number: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """Run the first forward pass of a run, learning from it how the loss is reduced."""
+    with LossWatch() as watch:
+        loss, extra = forward(state, batch)
+    check_loss(loss)
+    state.reduction = reduction.read(watch, loss, batch, data.sizes[number], state.asked_reduction)
+    return loss, extra
+
+
+def check_loss(loss: Any) -> None:
+    """Raise ValueError unless `loss` is one number that a gradient can be taken of."""
+    if not isinstance(loss, Tensor):
+        found, do = f"a {type(loss).__name__}", "return the loss of the batch"
+    elif loss.numel() != 1 or loss.dim() > 0:
+        found, do = f"a tensor of shape {tuple(loss.shape)}", "take its .mean()"
+    elif not loss.requires_grad:
+        found, do = "a loss without a gradient", "compute it from the model, without .item() or no_grad"
+    else:
+        return
+    raise ValueError(f"the step gave {found}; wanted one number that depends on the model; {do}")
+
+
+def _gradient(state: StepState, weight: float, loss: Tensor) -> Tensor:
+    """Return `weight` as the gradient to start from: saves a multiplication in the graph."""
+    gradient = state.scales.get(weight)
+    if gradient is None:
+        if len(state.scales) > 64:
+            state.scales.clear()
+        gradient = state.scales[weight] = torch.full((), weight, dtype=loss.dtype, device=loss.device)
+    return gradient
+
+
+def _apply(
+    state: StepState,
+    data: StepData,
+    total: Tensor,
+    logged: dict[str, Tensor],
+    measured: list[Tensor],
+    paired: bool,
+    lr_factor: float,
+) -> StepResult:
+    """Take the optimizer step unless a gradient is not finite; clear the gradients."""
+    optimizer, scaler = state.optimizer, state.precision.scaler
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+        if measured:  # was taken of scaled gradients
+            measured[0] = measured[0] / scaler.scale(torch.ones_like(measured[0]))
+    grads = [param.grad for param in state.params if param.grad is not None]
+    if not grads:
+        raise ValueError(
+            "the loss depends on no parameter of the model; wanted one that does; "
+            "compute it from the model that is being trained"
+        )
+    norms = gradient_norms(grads)
+    noise = None
+    if paired:
+        pair = state.noise.pair(sum(data.sizes))
+        if pair is not None:
+            measured, noise = list(pair), "pair"
+    elif measured:
+        measured.append(state.noise.norm())
+        noise = "cut"
+    values = state.device.fetch(_stack([total, *norms, *measured, *logged.values()]))
+    skipped: bool | None = None
+    if not state.skip_on_device:
+        read = values()
+        check = sum(read[: len(norms) + 1])
+        skipped = check - check != 0.0  # true of inf and nan alone
+        values = read.copy
+    if not skipped:
+        if state.clip is not None or state.skip_on_device:
+            norm = torch.linalg.vector_norm(torch.stack(norms))
+            if state.clip is not None:
+                torch._foreach_mul_(grads, (state.clip / (norm + 1e-6)).clamp(max=1.0))
+            if state.skip_on_device:
+                state.optimizer.found_inf = (~torch.isfinite(norm + total)).float()  # type: ignore[attr-defined]
+        _optimizer_step(optimizer, lr_factor)
+    if scaler is not None:
+        scaler.update()
+    lr = float(optimizer.param_groups[0]["lr"]) * lr_factor
+    for param in state.params:
+        param.grad = None
+    return StepResult(data.sizes, lr, values, len(norms), noise, tuple(logged), skipped)
+
+
+def _optimizer_step(optimizer: torch.optim.Optimizer, lr_factor: float) -> None:
+    """Step the optimizer once, its learning rates scaled for this step only."""
+    groups = optimizer.param_groups
+    found = None if lr_factor == 1.0 else [group["lr"] for group in groups]
+    try:
+        if found is not None:
+            for group, lr in zip(groups, found):
+                group["lr"] = lr * lr_factor
+        optimizer.step()
+    finally:
+        if found is not None:
+            for group, lr in zip(groups, found):
+                group["lr"] = lr
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    """Return 0-dim tensors as one, in float32 unless the loss is float64."""
+    dtype = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
+    return torch.stack([part if part.dtype == dtype else part.to(dtype) for part in parts])

@@ -1,0 +1,141 @@
+"""train(): the loop. Owns the TrainState, emits records, obeys the control.
+
+Plans a step, has `train_step` do it, tells the policy what happened, and ends at a whole step
+whatever ends it. Prints nothing and knows no widget; what must not be lost is put back by
+`prepare`, also when an exception passes through.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from ..config import TrainConfig
+from ..errors import HybridMagicError
+from ..records import Sink
+from ..run import Run
+from .control import RunControl
+from .data import StepData
+from .device import choose_device, probe_for
+from .prepare import Interrupts, RandomState, prepared, seed_everything
+from .progress import TrainState, environment
+from .setup import make_optimizer, open_state, settings_for
+from .step import Compute, train_step
+from .task import Task, describe
+
+
+def train(
+    model: torch.nn.Module,
+    loader: Any,
+    step: Compute | None = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    val: Any = None,
+    loss: Any = None,
+    scheduler: Any = None,
+    sink: Sink | None = None,
+    control: RunControl | None = None,
+    names: Mapping[str, str] | None = None,
+    found: Sequence[str] = (),
+    **options: Any,
+) -> Run:
+    """Train `model` on `loader` as a hybrid and return the Run.
+
+    Args:
+        model: the module to train; its weights are changed in place, everything else is put back.
+        loader: a DataLoader, or anything that yields batches; never changed.
+        step: `step(model, batch)` returns the loss (0-dim tensor), or `(loss, {"name": value})`,
+            for a batch on the device; inferred when left out.
+        optimizer: holds only parameters of `model`; a fresh AdamW when left out.
+        val: loader to validate on after every epoch.
+        loss: criterion(output, y) for an inferred step.
+        scheduler: of `optimizer`; advanced by samples seen, as the plain loop would advance it.
+        sink: called with every Record.
+        control: what may be asked of the run while it runs.
+        names: what the person calls model, loader, val, optimizer and loss, for messages.
+        found: what the caller inferred, a sentence each; recorded as notes.
+        options: the fields of TrainConfig: epochs, precision, batch, ...
+    Raises:
+        HybridMagicError: a mistake that can be known before training (ConfigError, a ValueError,
+            for an option); nothing was changed.
+        KeyboardInterrupt: after the run ended at a whole step; `hybrid_magic.last_run` holds it.
+    """
+    given = {"optimizer": optimizer, "val": val, "loss": loss, "scheduler": scheduler}
+    for name, value in given.items():
+        if value is not None:
+            options[name] = (names or {}).get(name) or type(value).__name__
+    config = TrainConfig.from_options(options)
+    if config.seed is not None:
+        seed_everything(config.seed)
+    task = describe(
+        model, loader, step, config, optimizer=optimizer, val=val, loss=loss, scheduler=scheduler, names=names
+    )
+    task.notes[:0] = found
+    probe = probe_for(choose_device(config.device, model))
+    run = Run(config=config.as_json(), environment=environment(probe))
+    optimizer = make_optimizer(task, config, probe)
+    state = TrainState(
+        run, sink, control, config, probe, settings_for(task, config, probe, optimizer), task.feed
+    )
+    stream, first = _first_step(task, state)
+    with ExitStack() as stack:
+        stack.callback(task.feed.close)
+        stack.enter_context(prepared(model, optimizer, task.criterion, probe.device))
+        stack.enter_context(state.ending(val))
+        state.interrupts = stack.enter_context(Interrupts())
+        state.step_state = open_state(task, config, probe, optimizer, state, first, stack)
+        _loop(task, state, itertools.chain([first], stream))
+    return run
+
+
+def _first_step(task: Task, state: TrainState) -> tuple[Iterator[StepData], StepData]:
+    """Draw the first step's samples, before anything is changed: a broken loader is told of here."""
+    found = RandomState(state.probe.device)
+    stream = task.feed.epoch(state.plan)
+    try:
+        first = next(stream, None)
+    except Exception as error:
+        found.put_back()
+        task.feed.close()
+        why = str(error).strip().splitlines() or [""]
+        raise HybridMagicError(
+            f"{task.names['loader']} failed on its first batch ({type(error).__name__}: {why[-1]}); wanted a "
+            "loader that yields batches; look at it with next(iter(...))"
+        ) from error
+    if first is None:
+        raise HybridMagicError(
+            f"{task.names['loader']} yields nothing; wanted at least one batch; check its dataset and sampler"
+        )
+    return stream, first
+
+
+def _loop(task: Task, state: TrainState, stream: Iterator[StepData]) -> None:
+    """Train epoch after epoch until an end is reached."""
+    for epoch in itertools.count():
+        state.begin_epoch(epoch)
+        while True:
+            start = time.perf_counter()
+            data = next(stream, None)
+            if data is None:
+                break
+            waited = time.perf_counter() - start
+            size = sum(data.sizes)
+            result = train_step(
+                state.step_state, data, state.lr_factor(size), measure_peaks=state.measures_peaks(data)
+            )
+            state.took(result, waited, size, time.perf_counter() - start)
+            if state.obey():
+                return
+        if state.in_epoch == 0:
+            raise HybridMagicError(
+                f"{task.names['loader']} yielded nothing in epoch {epoch + 1}; wanted the same data again; "
+                "make it a list or a DataLoader"
+            )
+        if state.end_epoch(task.val):
+            return
+        stream = task.feed.epoch(state.plan)

@@ -1,0 +1,111 @@
+"""The options of a magic, made from TrainConfig: one field is one option and one help line.
+
+Reads a magic's line into names and options, writes its help, offers completions. Checks of values
+are the config's own. Knows no namespace and trains nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import shlex
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config import TrainConfig, flag_of
+from ..errors import ConfigError
+
+OPTIONS = {flag_of(item): item for item in dataclasses.fields(TrainConfig)}
+
+
+@dataclass
+class Line:
+    """A magic's line, read: the names given by position, and the options as text."""
+
+    model: str | None = None
+    loader: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def read(line: str) -> Line:
+    """Return what `line` says: `[MODEL] [LOADER] [--option value] [--option=value] [--flag]`.
+
+    Raises:
+        ConfigError: an option that does not exist, lacks its value, or is given twice.
+    """
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError as error:
+        raise ConfigError(f"the line cannot be read ({error}); wanted pairs of quotes; close them") from None
+    found = Line()
+    names: list[str] = []
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-"):
+            names.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        item = OPTIONS.get(flag)
+        if item is None:
+            near = difflib.get_close_matches(flag, OPTIONS, n=1)
+            do = f"did you mean {near[0]}?" if near else "see %%hybrid_train? for every option"
+            raise ConfigError(f"there is no option {flag}; {do}")
+        if item.name in found.options:
+            raise ConfigError(f"{flag} is given twice; wanted it once; leave one out")
+        if isinstance(item.default, bool):
+            if equals:
+                raise ConfigError(f"{flag} takes no value, but has {value}; write just {flag}")
+            found.options[item.name] = True
+        elif equals:
+            found.options[item.name] = value
+        elif words and not words[0].startswith("--"):
+            found.options[item.name] = words.pop(0)
+        else:
+            raise ConfigError(f"{flag} has no value; wanted {flag} {item.metadata['metavar']}")
+    if len(names) > 2:
+        raise ConfigError(f"{' '.join(names)} are {len(names)} names; wanted [MODEL] [LOADER]; give options as --option value")
+    found.model, found.loader = [*names, None, None][:2]
+    return found
+
+
+def check(line: Line) -> TrainConfig:
+    """Return the config of the line's options.
+
+    Raises:
+        ConfigError: a value that cannot be used.
+    """
+    return TrainConfig.from_options(line.options)
+
+
+def help_text(magic: str) -> str:
+    """Return the documentation of a training magic: usage, and a line an option."""
+    lines = [
+        f"%%{magic} [MODEL] [LOADER] [options]",
+        "",
+        "Train the model that the notebook holds as a hybrid of mixed precision, gradient",
+        "accumulation and adaptive batch scaling. The cell is the forward pass of one step: `batch`",
+        "is what the loader yields, on the device; leave the loss in `loss`. An empty cell, or the",
+        f"line magic %{magic}, infers the step. MODEL and LOADER are names; left out, the one model",
+        "and the one DataLoader of the notebook are taken (of several loaders, train*).",
+        "",
+        "Options:",
+    ]
+    for flag, item in OPTIONS.items():
+        head = f"  {flag} {item.metadata['metavar']}".rstrip()
+        default = "" if item.default in (None, False) else f" (default {item.default})"
+        lines.append(f"{head:<38} {item.metadata['help']}{default}")
+    return "\n".join(lines)
+
+
+def complete(text: str, namespace: dict[str, Any]) -> list[str]:
+    """Return completions of the last word of a magic's line: options, their choices, or names."""
+    words = text.split(" ")
+    last, before = words[-1], words[-2] if len(words) > 1 else ""
+    if last.startswith("-"):
+        return [flag for flag in OPTIONS if flag.startswith(last)]
+    item = OPTIONS.get(before)
+    if item is not None and not isinstance(item.default, bool):
+        choices = [choice for choice in item.metadata["metavar"].split("|") if choice.islower()]
+        if choices:
+            return [choice for choice in choices if choice.startswith(last)]
+    return sorted(name for name in namespace if name.startswith(last) and not name.startswith("_"))

@@ -1,0 +1,100 @@
+"""The magics: parse, capture, call, show. No decisions.
+
+A person's mistake is one line without a traceback (IPython's own UsageError); an error in their
+code keeps its traceback, at the line of their cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from IPython.core.error import UsageError
+
+from .. import run as runs
+from ..errors import HybridMagicError
+from . import arguments
+
+MAGICS = ("hybrid_train",)
+
+
+class Interrupted(KeyboardInterrupt):
+    """An interrupt that has ended the run at a whole step; shown without a traceback of ours."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"KeyboardInterrupt: {self}"]
+
+
+Interrupted.__name__ = Interrupted.__qualname__ = "KeyboardInterrupt"  # what front ends are told
+
+
+def register(shell: Any) -> None:
+    """Register the magics and their completions with an InteractiveShell."""
+
+    def hybrid_train(line: str, cell: str | None = None) -> None:
+        train(shell, line, cell)
+
+    hybrid_train.__doc__ = arguments.help_text("hybrid_train")
+    shell.register_magic_function(hybrid_train, "line_cell")
+
+    def complete(_: Any, event: Any) -> list[str]:
+        return arguments.complete(event.line.split("hybrid_train", 1)[-1], shell.user_ns)
+
+    for name in MAGICS:
+        shell.set_hook("complete_command", complete, str_key="%" + name)
+        shell.set_hook("complete_command", complete, str_key="%%" + name)
+
+
+def train(shell: Any, line: str, cell: str | None) -> None:
+    """Run `%%hybrid_train`: read the line, take what it names, train, and show the run."""
+    from ..engine.train import train as run_training
+    from . import capture, live
+    from .cell import make_step
+
+    read = _or_one_line(lambda: arguments.read(line))
+    config = _or_one_line(lambda: arguments.check(read))
+    step = _or_one_line(lambda: make_step(shell, cell or "", config.log or (), line))
+    taken = _or_one_line(lambda: capture.capture(read, shell.user_ns, bare=step is None))
+    if config.log and step is None:
+        raise UsageError("--log is for a step that the cell writes, and this cell is empty; leave --log out")
+    before = runs.last_run
+    view = live.open_view(plain=config.plain)
+    interrupted: Interrupted | None = None
+    mistake: str | None = None
+    try:
+        run_training(
+            taken.model,
+            taken.loader,
+            step,
+            optimizer=taken.optimizer,
+            val=taken.val,
+            loss=taken.loss,
+            scheduler=taken.scheduler,
+            sink=view,
+            control=view.control,
+            names=taken.names,
+            found=taken.found,
+            **{name: value for name, value in read.options.items() if name not in capture.ROLES},
+        )
+    except KeyboardInterrupt:
+        interrupted = Interrupted("the run ended at a whole step; hm.last_run holds it")
+    except HybridMagicError as error:
+        mistake = str(error)
+    finally:
+        run = runs.last_run if runs.last_run is not before else None
+        view.close(run)
+        if config.o is not None and run is not None:
+            shell.user_ns[config.o] = run
+    if mistake is not None:
+        raise UsageError(mistake)
+    if interrupted is not None:
+        raise interrupted
+
+
+def _or_one_line(work: Callable[[], Any]) -> Any:
+    """Return what `work` returns; a person's mistake becomes one line without a traceback."""
+    try:
+        return work()
+    except HybridMagicError as error:
+        message = str(error)
+    raise UsageError(message)

@@ -1,0 +1,223 @@
+"""Panel: the controls and the live plots under a training cell, as widgets of ipywidgets 7 and 8.
+
+Callbacks may run on any thread: they only put a request into the RunControl's mailbox. Drawing is
+the view's business, on the main thread. Knows nothing of the kernel and its messages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from html import escape
+from typing import Any
+
+import ipywidgets as W
+
+from ..engine.control import RunControl
+from ..report import quantities as q
+from ..report.cards import cards
+from ..report.plots import BLUE
+from .scene import Scene
+
+_WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_GIVEN_BACK = 0  # a choice of "auto": None to the control, which a Dropdown would show as nothing
+_TOOLTIP = "tooltip" if "tooltip" in W.FloatSlider.class_trait_names() else "description_tooltip"
+
+
+class Panel:
+    """The panel of one run; `why_deaf` says why its controls cannot act, None when they can."""
+
+    def __init__(self, control: RunControl, scene: Scene, why_deaf: str | None) -> None:
+        self._control, self._scene = control, scene
+        self._live, self._why = W.HTML(), W.HTML()
+        self._settings = self._make_settings()
+        self._pause, self._actions = self._make_actions()
+        self._deaf = W.HTML(f"<i>{escape(why_deaf)}</i>" if why_deaf else "")
+        for widget in (*self._settings, *self._actions):
+            widget.disabled = why_deaf is not None
+        wrap = W.Layout(flex_flow="row wrap", margin="8px 0 4px 0")
+        grid = W.Layout(
+            grid_template_columns="repeat(auto-fit, minmax(300px, 1fr))",
+            grid_gap="0 24px",
+            width="100%",
+        )
+        self._box = W.VBox(
+            [
+                self._live,
+                self._why,
+                W.HBox(self._actions, layout=wrap),
+                W.GridBox(self._settings, layout=grid),
+                self._deaf,
+            ],
+            layout=W.Layout(width="100%", max_width="1200px", padding="4px 8px", overflow="hidden"),
+        )
+        self._box._view_count = 0  # from now on the front end reports each view of it
+
+    @property
+    def views(self) -> int:
+        """How many views of the panel the front ends have reported."""
+        return self._box._view_count or 0
+
+    def mimebundle(self) -> dict[str, Any]:
+        view = {"version_major": 2, "version_minor": 0, "model_id": self._box.model_id}
+        return {_WIDGET_VIEW: view, "text/plain": "Training: the panel is shown where widgets are."}
+
+    def draw(self, now: float) -> None:
+        """Show the scene as it is; on the main thread."""
+        scene = self._scene
+        self._live.value = _live_html(scene, now)
+        why = _why_html(scene)
+        if self._why.value != why:
+            self._why.value = why
+        label, icon = ("Resume", "play") if scene.paused else ("Pause", "pause")
+        if self._pause.description != label:
+            self._pause.description, self._pause.icon = label, icon
+        if scene.stopping and not self._pause.disabled:
+            for widget in (*self._settings, *self._actions):
+                widget.disabled = True
+
+    def close(self) -> None:
+        """Close every widget, so that none is left alive in kernel or page."""
+        for widget in list(_tree(self._box)):
+            widget.close()
+
+    def _make_actions(self) -> tuple[W.Button, list[W.Button]]:
+        control, scene = self._control, self._scene
+
+        def pause(_: Any) -> None:
+            scene.paused = not scene.paused
+            control.ask("pause" if scene.paused else "resume")
+
+        def stop(_: Any) -> None:
+            scene.stopping = True
+            control.ask("stop")
+
+        def button(name: str, icon: str, tip: str, act: Callable[[Any], None]) -> W.Button:
+            made = W.Button(description=name, icon=icon, tooltip=tip)
+            made.layout.width = "118px"
+            made.on_click(act)
+            return made
+
+        pausing = button("Pause", "pause", "Hold the run after this step, and go on", pause)
+        return pausing, [
+            pausing,
+            button(
+                "Stop", "stop", "End the run at a whole step; the notebook goes on", stop
+            ),
+            button(
+                "Grow now",
+                "arrow-up",
+                "Ask for a larger global batch",
+                lambda _: control.ask("grow"),
+            ),
+            button(
+                "Shrink now",
+                "arrow-down",
+                "Halve the global batch",
+                lambda _: control.ask("shrink"),
+            ),
+        ]
+
+    def _make_settings(self) -> list[Any]:
+        start = self._scene.start
+        base, ceiling = start.base_batch_size, 0.9
+        if start.memory_budget_bytes and start.device_bytes:
+            ceiling = min(1.0, max(0.05, round(start.memory_budget_bytes / start.device_bytes, 2)))
+        sizes = [(q.count(base * times), base * times) for times in (1, 2, 4, 8, 16, 32, 64)]
+        return [
+            self._setting(
+                "accum",
+                W.Dropdown(options=[("auto", _GIVEN_BACK), *((str(k), k) for k in _COUNTS)]),
+                "Accumulation",
+                "Micro-batches in a step: auto lets the memory decide, a number pins them",
+            ),
+            self._setting(
+                "max_batch",
+                W.Dropdown(options=[("as set", _GIVEN_BACK), *sizes]),
+                "Largest batch",
+                "The most that the global batch may grow to",
+            ),
+            self._setting(
+                "memory",
+                W.FloatSlider(min=0.05, max=1.0, step=0.01, value=ceiling, readout_format=".2f"),
+                "Memory mark",
+                "High-water mark: the fraction of the device's memory that may be used",
+            ),
+            self._setting(
+                "lr_multiplier",
+                W.FloatLogSlider(min=-2, max=1, step=0.05, value=1.0, readout_format=".3g"),
+                f"Learning rate {q.TIMES}",
+                "Multiplies the learning rate from the next step on",
+            ),
+            self._setting(
+                "growth_factor",
+                W.FloatSlider(min=1.0, max=4.0, step=0.05, value=1.5, readout_format=".2f"),
+                "Growth factor",
+                "The most that the global batch grows by at once",
+            ),
+            self._setting(
+                "stability_threshold",
+                W.FloatLogSlider(min=-3, max=1, step=0.1, value=0.1, readout_format=".3g"),
+                "Stable below",
+                "The relative spread of the loss under which it counts as stable",
+            ),
+        ]
+
+    def _setting(self, name: str, widget: Any, label: str, tip: str) -> Any:
+        def changed(change: dict[str, Any]) -> None:
+            self._control.set(name, change["new"] or None)
+
+        widget.description = label
+        widget.style.description_width = "104px"
+        widget.layout.width = "auto"
+        setattr(widget, _TOOLTIP, tip)
+        if hasattr(widget, "continuous_update"):
+            widget.continuous_update = False  # one request a drag, as each becomes a record
+        widget.observe(changed, "value")
+        return widget
+
+
+def _live_html(scene: Scene, now: float) -> str:
+    fraction = scene.fraction(now)
+    part = "" if fraction is None else q.share(math.floor(fraction * 100) / 100)
+    done = 0.0 if fraction is None else 100 * fraction
+    return (
+        '<div style="line-height:1.5"><div style="display:flex;flex-wrap:wrap;gap:0 12px">'
+        f"<b>{escape(scene.state())}</b><span>{escape(scene.progress(now))}</span></div>"
+        f'<div role="progressbar" aria-valuemin="0" aria-valuemax="100" aria-valuenow="{done:.0f}" '
+        f'aria-label="Progress {part}" style="height:6px;border-radius:3px;margin:4px 0 10px;'
+        'background:rgba(128,128,128,.25)"><div style="height:6px;border-radius:3px;'
+        f'width:{done:.1f}%;background:{BLUE}"></div></div>'
+        + cards(scene.trace, scene.start, scene.changes, scene.samples_per_second())
+        + "</div>"
+    )
+
+
+def _why_html(scene: Scene) -> str:
+    said = []
+    why = scene.why()
+    if why:
+        said.append(f"<b>Last decision</b>, {escape(why)}")
+    if scene.validation is not None:
+        numbers = ", ".join(
+            f"{name} {q.value(n)}"
+            for name, n in scene.validation.metrics.items()
+            if name != "epoch"
+        )
+        epoch = scene.validation.metrics.get("epoch")
+        said.append(
+            f"<b>Validation</b>{f' after epoch {epoch:g}' if epoch else ''}: {escape(numbers)}"
+        )
+    said += [escape(note) for note in scene.notes]
+    lines = "".join(f"<div>{line}</div>" for line in said)
+    return f'<div role="status" style="line-height:1.5;margin-top:6px">{lines}</div>'
+
+
+def _tree(widget: Any) -> Iterator[Any]:
+    for child in getattr(widget, "children", ()):
+        yield from _tree(child)
+    for part in ("style", "layout"):
+        if isinstance(getattr(widget, part, None), W.Widget):
+            yield getattr(widget, part)
+    yield widget

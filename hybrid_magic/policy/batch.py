@@ -1,0 +1,82 @@
+"""How a step of n samples is cut into micro-batches.
+
+Knows sizes only: no memory, no time, no statistics. Every cut sums to n, in the order given.
+"""
+
+from __future__ import annotations
+
+from itertools import takewhile
+
+
+def ladder(most: int) -> list[int]:
+    """Return the rounded sizes up to `most`: 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, ...
+
+    Powers of two and one size between each pair; multiples of 8 above 16. Few sizes, because kernels
+    are tuned anew for each.
+    """
+    powers = (1 << i for i in range(most.bit_length() + 1))
+    rungs = (rung for power in powers for rung in ((power,) if power < 2 else (power, power * 3 // 2)))
+    return list(takewhile(lambda rung: rung <= most, rungs))
+
+
+def rounded(size: int) -> int:
+    """Return the largest kernel-friendly size up to `size`, within 1/16 of it: a multiple of 8 above 16."""
+    step = max(8, 1 << max(0, size.bit_length() - 5)) if size > 16 else 1
+    return size - size % step
+
+
+def even(n: int, micro: int) -> int:
+    """Return the smallest rounded size that cuts `n` into no more micro-batches than `micro` does."""
+    if n <= micro:
+        return n
+    size = -(-n // -(-n // micro))
+    return min(micro, -(-size // 8) * 8) if size > 16 else size
+
+
+def shares(n: int, count: int) -> tuple[int, ...]:
+    """Return `n` cut into `count` micro-batches (`n` at most) whose sizes differ by one at most."""
+    size, larger = divmod(n, min(n, count))
+    return (size + 1,) * larger + (size,) * (min(n, count) - larger)
+
+
+def split(n: int, micro: int, *, floor: int = 1) -> tuple[int, ...]:
+    """Return the sizes of a step: full micro-batches and one remainder.
+
+    Args:
+        n: samples in the step, at least 1.
+        micro: most samples in a micro-batch.
+        floor: fewest samples wanted in one (batch statistics): a smaller remainder is shared with
+            its neighbours. Where floor and micro contradict each other micro wins, but a floor of 2
+            or more never leaves a single sample unless n is 1 (micro 2 then makes a 3).
+    Raises:
+        ValueError: n or micro is below 1.
+    """
+    if n < 1 or micro < 1:
+        raise ValueError(f"n={n} samples in micro-batches of {micro}; wanted at least 1 of each")
+    if n <= micro:
+        return (n,)
+    count, rest = divmod(n, micro)
+    if rest == 0 and (micro > 1 or floor < 2):
+        return (micro,) * count
+    if rest >= floor:
+        return (micro,) * count + (rest,)
+    if (micro + rest) // 2 >= floor:
+        return (micro,) * (count - 1) + shares(micro + rest, 2)
+    most = n // 2 if floor > 1 else n
+    return shares(n, min(count + (rest > 0), most))
+
+
+def rising(n: int, top: int) -> tuple[int, ...]:
+    """Return a first step's sizes: two rises to about `top`, well under what is thought to fit, then the rest.
+
+    Each size is a point (size, peak bytes, seconds) of the micro-batch model; twice, because the
+    first time of a size pays for its kernels.
+    """
+    top = ladder(max(1, min(top, n)))[-1]
+    rise = sorted({ladder(max(1, top // part))[-1] for part in (4, 2, 1)})
+    sizes: list[int] = []
+    for size in rise + rise:
+        if sum(sizes) + size <= n:
+            sizes.append(size)
+    rest = n - sum(sizes)
+    return (*sizes, *split(rest, top)) if rest else tuple(sizes)

@@ -1,0 +1,117 @@
+"""The facts that leave the engine, one frozen record each, and their JSON lines.
+
+Records go out, requests come in: a sink can only read. A quantity that is not known is `None`.
+Units: seconds end in `_s`, bytes in `_bytes`. Standard library only, so that a saved run reads
+without torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class StartRecord:
+    """What a run is about to do; the first record of a run.
+
+    `samples_per_epoch` is None when the loader cannot tell; `epochs`, `steps` and `minutes` are the
+    ends asked for, None where not asked. `memory_budget_bytes` is what `--memory` allows and
+    `device_bytes` what the device has; both None where the device cannot tell.
+    """
+
+    model: str
+    device: str
+    precision: str
+    optimizer: str
+    base_batch_size: int
+    samples_per_epoch: int | None
+    epochs: int | None
+    steps: int | None
+    minutes: float | None
+    memory_budget_bytes: int | None
+    device_bytes: int | None
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One optimizer step. `loss` is the mean over the step's samples (valid targets where counted)."""
+
+    step: int
+    samples_seen: int
+    loss: float | None
+    grad_norm: float | None
+    lr: float
+    global_batch_size: int
+    microbatch_size: int
+    accumulation_steps: int
+    skipped: bool
+    retries: int
+    data_s: float | None
+    forward_s: float | None
+    backward_s: float | None
+    optimizer_s: float | None
+    step_s: float | None
+    allocated_peak_bytes: int | None
+    reserved_peak_bytes: int | None
+    noise_scale: float | None
+    logged: dict[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchChangeRecord:
+    """One decision: `what` ("global", "micro", "control", "precision") went from `before` to `after`.
+
+    `reason` is one sentence with its numbers. A control names itself in it.
+    """
+
+    step: int
+    before: int | float | str | bool | None
+    after: int | float | str | bool | None
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationRecord:
+    """One pass over the validation loader: `metrics` holds `epoch`, `loss` and every logged mean."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class NoteRecord:
+    """One sentence that the person should read: what was inferred, what could not be done and why."""
+
+    text: str
+
+
+Record = StartRecord | StepRecord | BatchChangeRecord | ValidationRecord | NoteRecord
+Sink = Callable[[Record], None]
+
+_KINDS: dict[str, type] = {
+    "start": StartRecord,
+    "step": StepRecord,
+    "change": BatchChangeRecord,
+    "validation": ValidationRecord,
+    "note": NoteRecord,
+}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+
+
+def as_json(record: Record) -> dict[str, Any]:
+    """Return the record as a dict of plain JSON values; its `kind` names its type."""
+    return {"kind": _NAMES[type(record)], **dataclasses.asdict(record)}
+
+
+def from_json(values: dict[str, Any]) -> Record | None:
+    """Return the record that `as_json` wrote, None for a kind that this version does not know."""
+    kind = _KINDS.get(values.get("kind", ""))
+    if kind is None:
+        return None
+    names = {item.name for item in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in values.items() if name in names})

@@ -1,0 +1,1 @@
+"""How a run looks on paper: its table, its figure, its page. Reads records; knows no notebook."""

@@ -1,0 +1,304 @@
+"""The four plots of a run: loss, memory, batch sizes with their decisions, time per step by stage.
+
+One Figure on an Agg canvas; pyplot and its global state are never touched, matplotlib is imported
+when a figure is asked for. Colours are Okabe and Ito's, told apart by colour-blind eyes too; the
+ground is white, so that it reads in light and dark pages.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..records import BatchChangeRecord
+from ..run import Run
+from . import quantities as q
+from . import series
+from .palette import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    SKY,
+    STAGE_COLOURS,
+    STYLE,
+    VERMILLION,
+)
+from .series import STAGES, Point
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SIZE_INCHES, DPI = (8.6, 6.8), 140  # 1204 x 952 pixels; 11 pt stands 7.5 px high at a width of 420
+MOST_NAMED_CHANGES = 8
+
+
+def figure(run: Run) -> Figure:
+    """Return the run's four plots as a Figure that shows itself as a PNG in a notebook."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    class Sheet(Figure):
+        """A Figure that a notebook shows although pyplot was never imported."""
+
+        def _repr_png_(self) -> bytes:
+            return png(self)
+
+    with mpl.rc_context(STYLE):
+        sheet = Sheet(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
+        FigureCanvasAgg(sheet)
+        (loss, memory), (sizes, times) = sheet.subplots(2, 2)
+        for draw, axes in ((_loss, loss), (_memory, memory), (_sizes, sizes), (_times, times)):
+            axes.margins(x=0.02)
+            draw(axes, run)
+            axes.set_xlabel("optimizer step")
+            axes.xaxis.get_major_locator().set_params(nbins=5, integer=True)
+        sheet.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.03)
+        sheet.draw_without_rendering()  # ticks and layout are settled while the style holds
+    return sheet
+
+
+def png(sheet: Figure) -> bytes:
+    """Return the figure as PNG bytes, in 256 colours: a third of the size, and no eye sees it."""
+    from PIL import Image
+
+    drawn, small = io.BytesIO(), io.BytesIO()
+    sheet.savefig(drawn, format="png", dpi=DPI, facecolor="white", bbox_inches=None)
+    colours = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    colours.save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+def _loss(axes: Axes, run: Run) -> None:
+    points = series.finite_points(run.history, lambda record: record.loss)
+    axes.set_ylabel("loss")
+    if not points:
+        _nothing(
+            axes, "Loss", "no finite loss was seen" if len(run.history) else "no step was taken"
+        )
+        return
+    smooth = series.smoothed(points)
+    _curve(axes, series.thinned(points), color=SKY, alpha=0.55, linewidth=1, label="every step")
+    _curve(axes, series.thinned(smooth), color=BLUE, label="smoothed")
+    checks = series.validations(run)
+    if checks:
+        _curve(
+            axes,
+            checks,
+            color=VERMILLION,
+            marker="o",
+            markersize=6,
+            linewidth=1.2,
+            label="validation",
+        )
+    shown = sorted(value for _, value in points)
+    top = max(
+        [shown[int(0.98 * (len(shown) - 1))], *(y for _, y in smooth[1:]), *(y for _, y in checks)]
+    )
+    low = min(shown[0], *(y for _, y in checks), top)
+    if top > low:
+        axes.set_ylim(low - 0.05 * (top - low), top + 0.12 * (top - low))
+    skipped = [record.step for record in run.history if record.skipped]
+    if skipped:
+        axes.plot(
+            skipped,
+            [0.02] * len(skipped),
+            "x",
+            color=INK,
+            label="skipped",
+            transform=axes.get_xaxis_transform(),
+        )
+    title = f"Loss {q.value(smooth[0][1])} → {q.value(smooth[-1][1])}"
+    axes.set_title(title + (f", validation {q.value(checks[-1][1])}" if checks else ""))
+    axes.legend(loc="upper right")
+
+
+def _memory(axes: Axes, run: Run) -> None:
+    allocated = series.finite_points(run.history, lambda record: record.allocated_peak_bytes)
+    reserved = series.finite_points(run.history, lambda record: record.reserved_peak_bytes)
+    highest = max((value for _, value in allocated + reserved), default=0.0)
+    if not highest:
+        _nothing(axes, "Memory", "no reading on this device")
+        return
+    power, unit = (30, "GiB") if highest >= 1 << 30 else (20, "MiB")
+    axes.set_ylabel(f"peak memory ({unit})")
+    for points, colour, name in ((reserved, ORANGE, "reserved"), (allocated, BLUE, "allocated")):
+        if points:
+            scaled = [(x, y / (1 << power)) for x, y in series.thinned(points)]
+            _curve(axes, scaled, color=colour, label=name, drawstyle="steps-post")
+    top, above = highest, []
+    limits = ((_budget(run), "budget", VERMILLION, "--"), (_device(run), "device", INK, ":"))
+    for limit, name, colour, dashes in limits:
+        if limit is None:
+            continue
+        if limit <= 2.5 * highest:
+            axes.axhline(
+                limit / (1 << power), color=colour, linestyle=dashes, linewidth=1.4, label=name
+            )
+            top = max(top, limit)
+        else:
+            above.append(f"{name} {q.size(limit)}")
+    if above:
+        axes.text(
+            0.02,
+            0.97,
+            "↑ off the scale: " + ", ".join(above),
+            transform=axes.transAxes,
+            va="top",
+            fontsize=10.5,
+        )
+    axes.set_ylim(0, top * 1.22 / (1 << power))
+    budget = _budget(run)
+    title = f"Memory {q.size(highest)}"
+    axes.set_title(title + (f", {q.share(highest / budget)} of budget" if budget else ""))
+    axes.legend(loc="lower right", ncol=2)
+
+
+def _sizes(axes: Axes, run: Run) -> None:
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    axes.set_ylabel("samples")
+    if not len(run.history):
+        _nothing(axes, "Batch sizes", "no step was taken")
+        return
+    whole = series.stairs(run.history, lambda record: record.global_batch_size)
+    micro = series.stairs(run.history, lambda record: record.microbatch_size)
+    _curve(axes, whole, color=BLUE, drawstyle="steps-post", linewidth=2.2, label="global batch")
+    _curve(axes, micro, color=ORANGE, drawstyle="steps-post", label="micro-batch")
+    seen = [y for _, y in whole + micro]
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda size, _: q.count(size) if size >= 1 else "")
+    )
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(min(seen) / 1.6, max(seen) * 3.2)
+    kinds = (
+        ("grew", "^", GREEN, [made for made in run.changes if made.what == "global" and _up(made)]),
+        (
+            "shrank",
+            "v",
+            VERMILLION,
+            [made for made in run.changes if made.what == "global" and not _up(made)],
+        ),
+        (
+            "you asked",
+            "D",
+            PURPLE,
+            [made for made in run.changes if made.what in ("control", "precision")],
+        ),
+    )
+    for name, marker, colour, made in kinds:
+        if made:
+            at = [(change.step, series.height_at(whole, change.step)) for change in made]
+            _curve(
+                axes,
+                at,
+                color=colour,
+                linestyle="none",
+                marker=marker,
+                markersize=7,
+                zorder=3,
+                label=name,
+            )
+    _name_changes(axes, [made for made in run.changes if made.what == "global"], whole)
+    first, last = whole[0][1], whole[-1][1]
+    said = (
+        f"Batch {q.count(first)} → {q.count(last)}"
+        if first != last
+        else f"Batch stayed at {q.count(first)}"
+    )
+    number = len(run.changes)
+    axes.set_title(f"{said}, {number or 'no'} decision{'' if number == 1 else 's'}")
+    axes.legend(loc="upper left", ncol=3, columnspacing=1.0, handletextpad=0.5)
+
+
+def _name_changes(axes: Axes, made: Sequence[BatchChangeRecord], whole: Sequence[Point]) -> None:
+    """Write "64 → 96" at the largest changes, leaving out those too close to one already named."""
+    span = max(whole[-1][0] - whole[0][0], 1)
+    named: list[float] = []
+    for change in sorted(made, key=_leap, reverse=True):
+        if len(named) == MOST_NAMED_CHANGES:
+            return
+        if any(abs(change.step - step) < 0.2 * span for step in named):
+            continue
+        named.append(change.step)
+        late = change.step - whole[0][0] > 0.8 * span
+        axes.annotate(
+            q.change(change.before, change.after),
+            (change.step, max(float(change.before or 1), float(change.after or 1))),
+            xytext=(4 if late else 0, 7),
+            textcoords="offset points",
+            ha="right" if late else "center",
+            fontsize=10,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+        )
+
+
+def _times(axes: Axes, run: Run) -> None:
+    axes.set_ylabel("ms per step")
+    bars = series.stage_bars(run.history)
+    if not bars:
+        _nothing(axes, "Time per step", "no reading")
+        return
+    at_steps = [bar.step for bar in bars]
+    names = (*STAGES, "other")
+    totals = [sum(bar.stages_ms[at] * bar.steps for bar in bars) for at in range(len(names))]
+    floor = [0.0] * len(bars)
+    for at, (name, colour) in enumerate(zip(names, STAGE_COLOURS, strict=True)):
+        if not totals[at]:
+            continue
+        ceiling = [low + bar.stages_ms[at] for low, bar in zip(floor, bars, strict=True)]
+        if len(bars) == 1:
+            axes.bar(
+                at_steps, ceiling[0] - floor[0], bottom=floor, color=colour, label=name, width=0.6
+            )
+        else:
+            axes.fill_between(at_steps, floor, ceiling, color=colour, label=name, linewidth=0)
+        floor = ceiling
+    usual = sorted(floor)[int(0.95 * (len(floor) - 1))]
+    axes.set_ylim(0, usual * 1.45 or 1)
+    longest = max(range(len(STAGES)), key=totals.__getitem__)
+    title = f"{q.duration(sum(totals) / sum(bar.steps for bar in bars) / 1e3)} per step"
+    if totals[longest]:
+        title += f", {q.share(totals[longest] / sum(totals))} {STAGES[longest]}"
+    axes.set_title(title)
+    axes.legend(loc="upper left", ncol=3, columnspacing=1.0, handlelength=1.2, handletextpad=0.5)
+
+
+def _nothing(axes: Axes, title: str, why: str) -> None:
+    axes.set_title(title)
+    axes.set_yticks([])
+    axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", va="center")
+
+
+def _curve(axes: Axes, points: Sequence[Point], **how: Any) -> None:
+    if len(points) == 1:
+        how = {"marker": "o", **how}
+    axes.plot([x for x, _ in points], [y for _, y in points], **how)
+
+
+def _up(made: BatchChangeRecord) -> bool:
+    return isinstance(made.before, int) and isinstance(made.after, int) and made.after > made.before
+
+
+def _leap(made: BatchChangeRecord) -> float:
+    if (
+        not isinstance(made.before, int)
+        or not isinstance(made.after, int)
+        or min(made.before, made.after) < 1
+    ):
+        return 0.0
+    return abs(math.log(made.after / made.before))
+
+
+def _budget(run: Run) -> int | None:
+    return run.start.memory_budget_bytes if run.start else None
+
+
+def _device(run: Run) -> int | None:
+    return run.start.device_bytes if run.start else None

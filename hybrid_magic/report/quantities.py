@@ -1,0 +1,89 @@
+"""Numbers as a person reads them: sizes, times, counts, batches.
+
+Every quantity takes `None` for unknown and says so; nothing here knows where the words are shown.
+"""
+
+from __future__ import annotations
+
+import math
+
+UNKNOWN = "unknown"
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+def count(number: int | float | None) -> str:
+    """Return a count with its thousands marked: 12,345."""
+    return UNKNOWN if number is None else f"{number:,.0f}"
+
+
+def value(number: float | None, digits: int = 3) -> str:
+    """Return a measured value to `digits` significant digits: 0.412, 2.31, 1.2e-05."""
+    if number is None:
+        return UNKNOWN
+    if not math.isfinite(number):
+        return "not finite"
+    if number and not 1e-3 <= abs(number) < 1e5:
+        return f"{number:.{digits - 1}e}"
+    before_point = math.floor(math.log10(abs(number))) + 1 if abs(number) >= 1 else 1
+    return f"{number:.{max(0, digits + (abs(number) < 1) - before_point)}f}"
+
+
+def size(number: int | float | None) -> str:
+    """Return bytes in binary units: 312 MiB, 5.1 GiB."""
+    if number is None:
+        return UNKNOWN
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if number >= 1 << power:
+            amount = number / (1 << power)
+            return f"{amount:.0f} {unit}" if amount >= 100 else f"{amount:.1f} {unit}"
+    return f"{number:.0f} B"
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time in the units that a person says it in: 12 ms, 8.2 s, 2 min 05 s, 1 h 03 min."""
+    if seconds is None:
+        return UNKNOWN
+    if seconds < 0.0995:
+        return f"{value(seconds * 1e3, 2)} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def rate(samples_per_second: float | None) -> str:
+    """Return a speed: 12,300 samples/s."""
+    if samples_per_second is None:
+        return UNKNOWN
+    words = count(samples_per_second) if samples_per_second >= 100 else value(samples_per_second)
+    return f"{words} samples/s"
+
+
+def share(ratio: float) -> str:
+    """Return a ratio as a percentage: 8.3 %, 61 %."""
+    percent = 100 * ratio
+    return f"{percent:.1f} %" if percent < 9.95 else f"{percent:.0f} %"
+
+
+def batch(global_size: int, micro_size: int, micro_batches: int) -> str:
+    """Return a global batch and how it is cut: 96 = 48 x 2, or 100 in 4 of at most 32."""
+    if global_size == micro_size * micro_batches:
+        return f"{count(global_size)} = {count(micro_size)} {TIMES} {count(micro_batches)}"
+    return f"{count(global_size)} in {count(micro_batches)} of at most {count(micro_size)}"
+
+
+def change(before: object, after: object) -> str:
+    """Return what went from what to what: 64 → 96; a setting given back is "auto"."""
+    return f"{_setting(before)} → {_setting(after)}"
+
+
+def _setting(thing: object) -> str:
+    if thing is None:
+        return "auto"
+    if isinstance(thing, float):
+        return f"{thing:g}"
+    return str(thing)

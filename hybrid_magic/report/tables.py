@@ -1,0 +1,208 @@
+"""The table of a run, as text and as HTML, in words that a student knows.
+
+What is said is decided once (`facts`, `validations`, `decisions`) and only laid out twice. The HTML
+needs no style sheet: it reads well where styles are stripped, and takes its colours from the page.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from html import escape
+
+from ..records import BatchChangeRecord, StepRecord
+from ..run import Run
+from . import quantities as q
+
+LAST_DECISIONS = 5
+WIDTH = 100  # columns of the text table
+
+_OUTCOMES = {
+    "finished": "finished",
+    "stopped": "stopped from the panel, at a whole step",
+    "interrupted": "interrupted, at a whole step",
+    "failed": "failed",
+}
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """Return the run's totals: a name and a sentence each; what is unknown and idle is left out."""
+    rows = [("outcome", _outcome(run))]
+    if run.start is not None:
+        start = run.start
+        what = f"{start.model} ({_parameters(start.parameters)} parameters) on {start.device}"
+        rows.append(("trained", f"{what} in {start.precision} with {start.optimizer}"))
+    rows += [
+        ("seen", _seen(run)),
+        ("time", _time(run)),
+        ("peak memory", _memory(run)),
+        ("loss", _loss(run)),
+    ]
+    if len(run.history):
+        rows.append(("batch", _batches(run)))
+    if run.skipped_steps:
+        rows.append(
+            ("skipped", f"{q.count(run.skipped_steps)} steps whose gradient was not finite")
+        )
+    return rows
+
+
+def validations(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Return the columns of the validation table, and a row of cells for each validation."""
+    columns = list(dict.fromkeys(name for metrics in run.metrics for name in metrics))
+    cell = {"epoch": lambda number: f"{number:g}"}
+    rows = [
+        [cell.get(name, q.value)(metrics[name]) if name in metrics else "" for name in columns]
+        for metrics in run.metrics
+    ]
+    return columns, rows
+
+
+def decisions(run: Run) -> list[tuple[str, str, str, str]]:
+    """Return the last few decisions, oldest first: step, what, from → to, reason."""
+    return [
+        (q.count(made.step), made.what, q.change(made.before, made.after), made.reason)
+        for made in run.changes[-LAST_DECISIONS:]
+    ]
+
+
+def text(run: Run) -> str:
+    """Return the run as a table of text, at most 100 columns wide."""
+    names = facts(run)
+    width = max(len(name) for name, _ in names)
+    lines = [_hang(f"{name:<{width}}  ", said) for name, said in names]
+    columns, rows = validations(run)
+    if rows:
+        widths = [max(len(cells[at]) for cells in [columns, *rows]) for at in range(len(columns))]
+        lines += ["", "validation"]
+        for cells in [columns, *rows]:
+            lines.append(
+                "  " + "  ".join(cell.rjust(wide) for cell, wide in zip(cells, widths, strict=True))
+            )
+    made = decisions(run)
+    if made:
+        lines += ["", _decisions_title(run.changes)]
+        wide = [max(len(row[at]) for row in made) for at in range(3)]
+        for step, what, change, reason in made:
+            head = f"  step {step:>{wide[0]}}  {what:<{wide[1]}}  {change:<{wide[2]}}  "
+            lines.append(_hang(head, reason))
+    if run.notes:
+        lines += ["", "what was inferred, and what you should know"]
+        lines += [_hang("  - ", note) for note in run.notes]
+    return "\n".join(lines)
+
+
+def html(run: Run) -> str:
+    """Return the run as HTML tables; every name is escaped, no style sheet is needed."""
+    left = 'style="text-align: left; vertical-align: top; color: inherit"'
+    right = 'style="text-align: right; color: inherit"'
+    parts = [_open_table(f"Hybrid run: {run.outcome}")]
+    parts += [
+        f'<tr><th scope="row" {left}>{escape(name)}</th><td {left}>{escape(said)}</td></tr>'
+        for name, said in facts(run)
+    ]
+    parts.append("</table>")
+    columns, rows = validations(run)
+    if rows:
+        heads = "".join(f'<th scope="col" {right}>{escape(name)}</th>' for name in columns)
+        parts += [_open_table("Validation"), f"<tr>{heads}</tr>"]
+        parts += [
+            "<tr>" + "".join(f"<td {right}>{escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in rows
+        ]
+        parts.append("</table>")
+    made = decisions(run)
+    if made:
+        heads = "".join(
+            f'<th scope="col" {left}>{name}</th>' for name in ("step", "what", "change", "why")
+        )
+        parts += [_open_table(_decisions_title(run.changes).capitalize()), f"<tr>{heads}</tr>"]
+        parts += [
+            "<tr>" + "".join(f"<td {left}>{escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in made
+        ]
+        parts.append("</table>")
+    if run.notes:
+        items = "".join(f"<li>{escape(note)}</li>" for note in run.notes)
+        parts.append(f"<p><b>What was inferred, and what you should know</b></p><ul>{items}</ul>")
+    return "".join(parts)
+
+
+def _open_table(caption: str) -> str:
+    return (
+        '<table style="color: inherit; margin: 0 0 0.8em 0">'
+        f'<caption style="text-align: left; color: inherit"><b>{escape(caption)}</b></caption>'
+    )
+
+
+def _hang(head: str, body: str) -> str:
+    return textwrap.fill(
+        body,
+        width=max(WIDTH, len(head) + 40),
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_on_hyphens=False,
+    )
+
+
+def _outcome(run: Run) -> str:
+    said = _OUTCOMES.get(run.outcome, run.outcome)
+    return f"{said}: {run.error}" if run.error else said
+
+
+def _parameters(number: int) -> str:
+    for least, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= least:
+            return f"{q.value(number / least)} {letter}"
+    return q.count(number)
+
+
+def _seen(run: Run) -> str:
+    said = f"{q.count(run.steps)} steps, {q.count(run.samples_seen)} samples"
+    per_epoch = run.start.samples_per_epoch if run.start else None
+    if per_epoch:
+        epochs = f"{run.samples_seen / per_epoch:.2f}".rstrip("0").rstrip(".")
+        said = f"{epochs} epoch{'' if epochs == '1' else 's'}, {said}"
+    return said
+
+
+def _time(run: Run) -> str:
+    said = f"{q.duration(run.seconds)} training"
+    if run.validation_seconds:
+        said += f" + {q.duration(run.validation_seconds)} validation"
+    return f"{said}, {q.rate(run.samples_per_second)}"
+
+
+def _memory(run: Run) -> str:
+    if run.peak_allocated_bytes is None:
+        return "no reading on this device"
+    said = q.size(run.peak_allocated_bytes)
+    if run.peak_reserved_bytes is not None:
+        said += f", reserved {q.size(run.peak_reserved_bytes)}"
+    if run.start is not None and run.start.memory_budget_bytes:
+        said += f", of a budget of {q.size(run.start.memory_budget_bytes)}"
+    return said
+
+
+def _loss(run: Run) -> str:
+    first = next((record.loss for record in run.history if record.loss is not None), None)
+    return f"{q.value(first)} at the first step, {q.value(run.final_loss)} at the last"
+
+
+def _batches(run: Run) -> str:
+    first, last = run.history[0], run.history[-1]
+    said = f"{_batch(first)} at the start"
+    if _batch(first) != _batch(last):
+        said += f", {_batch(last)} at the end"
+    number = len(run.changes)
+    return f"{said}; {q.count(number) if number else 'no'} decision{'' if number == 1 else 's'}"
+
+
+def _batch(record: StepRecord) -> str:
+    return q.batch(record.global_batch_size, record.microbatch_size, record.accumulation_steps)
+
+
+def _decisions_title(changes: list[BatchChangeRecord]) -> str:
+    shown = min(len(changes), LAST_DECISIONS)
+    return (
+        f"the last {shown} of {len(changes)} decisions" if shown < len(changes) else "the decisions"
+    )

@@ -1,0 +1,206 @@
+"""Run: what a training run did, bounded in memory, readable without torch.
+
+Plain data and its JSON lines. How it looks (table, figure, HTML) is the `report` room's business,
+which is imported only when asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from . import records
+from .errors import HybridMagicError
+from .records import BatchChangeRecord, NoteRecord, StartRecord, StepRecord, ValidationRecord
+
+last_run: Run | None = None  # the newest Run of this process, also of one that did not finish
+
+FORMAT = 1
+
+T = TypeVar("T")
+
+
+class History(Sequence[StepRecord]):
+    """The steps of a run, oldest first, thinned so that a million of them stay in bounded memory.
+
+    At most `limit` records are held. When that is reached the older ones are halved: of every four
+    neighbours the two with the lowest and the highest loss stay, and skipped steps before others, so
+    that spikes survive.
+    """
+
+    def __init__(self, limit: int = 4096) -> None:
+        self._limit = limit
+        self._records: list[StepRecord] = []
+        self.seen = 0  # records ever appended
+
+    def append(self, record: StepRecord) -> None:
+        self.seen += 1
+        self._records.append(record)
+        if len(self._records) > self._limit:
+            self._thin()
+
+    def _thin(self) -> None:
+        first, last, middle = self._records[0], self._records[-1], self._records[1:-1]
+        kept = [first]
+        for at in range(0, len(middle), 4):
+            group = sorted(middle[at : at + 4], key=_height)
+            kept += sorted({group[0].step: group[0], group[-1].step: group[-1]}.values(), key=lambda r: r.step)
+        self._records = [*kept, last]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._records[index]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        return iter(self._records)
+
+
+def _height(record: StepRecord) -> tuple[bool, float]:
+    loss = record.loss
+    return (record.skipped or loss is None or loss != loss, loss if loss is not None else 0.0)
+
+
+@dataclass
+class Run:
+    """What a run did. Times in seconds, memory in bytes; `None` is unknown.
+
+    `outcome` is "finished", "stopped", "interrupted" or "failed". `peak_allocated_bytes` is what the
+    tensors needed (on a CPU: the process's peak resident set), `peak_reserved_bytes` what the
+    allocator took. `metrics` is a dict a validation. `seconds` counts training, not validation,
+    which is `validation_seconds`.
+    """
+
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    outcome: str = "failed"
+    steps: int = 0
+    samples_seen: int = 0
+    seconds: float = 0.0
+    validation_seconds: float = 0.0
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    final_loss: float | None = None
+    skipped_steps: int = 0
+    error: str | None = None
+    start: StartRecord | None = None
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    history: History = field(default_factory=History, repr=False)
+    changes: list[BatchChangeRecord] = field(default_factory=list, repr=False)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def samples_per_second(self) -> float | None:
+        return self.samples_seen / self.seconds if self.seconds > 0 else None
+
+    def add(self, record: records.Record) -> None:
+        """Take in one record; a Run is the first sink of every run."""
+        match record:
+            case StepRecord():
+                self.history.append(record)
+            case BatchChangeRecord():
+                self.changes.append(record)
+            case ValidationRecord():
+                self.metrics.append(record.metrics)
+            case NoteRecord():
+                self.notes.append(record.text)
+            case StartRecord():
+                self.start = record
+
+    def summary(self) -> dict[str, Any]:
+        """Return the run's totals as a plain dict."""
+        return {
+            "outcome": self.outcome,
+            "steps": self.steps,
+            "samples_seen": self.samples_seen,
+            "seconds": self.seconds,
+            "validation_seconds": self.validation_seconds,
+            "samples_per_second": self.samples_per_second,
+            "peak_allocated_bytes": self.peak_allocated_bytes,
+            "peak_reserved_bytes": self.peak_reserved_bytes,
+            "final_loss": self.final_loss,
+            "skipped_steps": self.skipped_steps,
+            "error": self.error,
+            "metrics": [dict(metrics) for metrics in self.metrics],
+        }
+
+    def table(self) -> str:
+        """Return the run as a table of text."""
+        from .report import tables
+
+        return tables.text(self)
+
+    def figure(self) -> Any:
+        """Return the run's four plots as a matplotlib Figure (drawn off pyplot)."""
+        from .report import plots
+
+        return plots.figure(self)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        from .report import page
+
+        return page.mimebundle(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the run to `path` as JSON lines: totals first, then a line a record.
+
+        The file is written under a temporary name and renamed, so that a half-written one is never
+        found under `path`.
+        """
+        target = pathlib.Path(path)
+        head = {
+            "kind": "run",
+            "format": FORMAT,
+            **self.summary(),
+            "config": self.config,
+            "environment": self.environment,
+            "notes": self.notes,
+        }
+        handle, name = tempfile.mkstemp(dir=target.parent or ".", prefix=target.name, suffix=".part")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                for line in (head, *map(records.as_json, self._records())):
+                    file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, target)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+    def _records(self) -> Iterator[records.Record]:
+        if self.start is not None:
+            yield self.start
+        yield from self.history
+        yield from self.changes
+
+
+def load_run(path: str | os.PathLike[str]) -> Run:
+    """Return the Run that `Run.save` wrote to `path`; needs no torch.
+
+    Raises:
+        HybridMagicError: the file is not a saved run, or is cut short.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            head, *lines = (json.loads(line) for line in file if line.strip())
+        except ValueError:
+            head, lines = {}, []
+    if not isinstance(head, dict) or head.get("kind") != "run":
+        raise HybridMagicError(f"{path} is not a saved run; wanted a file written by run.save(); check its path")
+    run = Run(config=head["config"], environment=head["environment"])
+    for name in ("outcome", "steps", "samples_seen", "seconds", "validation_seconds", "final_loss"):
+        setattr(run, name, head[name])
+    for name in ("peak_allocated_bytes", "peak_reserved_bytes", "skipped_steps", "error", "metrics", "notes"):
+        setattr(run, name, head[name])
+    for line in lines:
+        record = records.from_json(line)
+        if record is not None:
+            run.add(record)
+    return run

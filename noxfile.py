@@ -1,0 +1,92 @@
+"""Sessions: tests, lint, types, notebooks, browser, bench, compat (older Jupyter stacks)."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+import sysconfig
+
+import nox
+
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = False
+
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+STACKS = {
+    "colab": ["ipython==7.34.0", "ipykernel==6.17.1", "ipywidgets==7.7.1"],
+    "kaggle": ["ipython==7.34.0", "ipykernel==6.17.1", "ipywidgets==8.1.5"],
+}
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    session.install("-e", ".[dev]")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    session.install("ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    session.install("-e", ".[dev]")
+    session.run("pyright")
+
+
+@nox.session
+def notebooks(session: nox.Session) -> None:
+    session.install("-e", ".[dev]")
+    session.run("python", "-m", "pytest", "-m", "", "tests/test_notebooks.py", *session.posargs)
+
+
+@nox.session
+def browser(session: nox.Session) -> None:
+    session.install("-e", ".[dev]")
+    session.run("python", "-m", "pytest", "-m", "browser", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Run one program of benchmarks/: `nox -s bench -- benchmarks/NAME.py [arguments]`."""
+    session.install("-e", ".[dev]")
+    programs = sorted(str(path) for path in pathlib.Path("benchmarks").glob("*.py"))
+    if not session.posargs:
+        session.error(f"no program named; wanted one of {', '.join(programs)} after `--`")
+    session.run("python", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("stack", list(STACKS), ids=list(STACKS))
+def compat(session: nox.Session, stack: str) -> None:
+    """Run what meets IPython and widgets on the stack that a hosted notebook ships."""
+    session.install(*STACKS[stack])
+    borrow_packages(session)
+    session.install("--no-deps", "-e", ".")
+    session.run(
+        "python", "-m", "pytest", "-m", "not browser and not slow", *COMPAT, *session.posargs
+    )
+
+
+COMPAT = ["tests/notebook", "tests/test_import.py", "tests/test_readme.py"]
+
+
+def borrow_packages(session: nox.Session) -> None:
+    """Let the session see the packages of the environment that runs nox, behind its own.
+
+    PyTorch is some gigabytes; the pinned stack is all that has to differ. An environment of another
+    Python, or without PyTorch, has nothing to lend: then everything is installed.
+    """
+    ask = (
+        "import sys, sysconfig; print(sys.version_info[:2], sysconfig.get_path('purelib'), sep='|')"
+    )
+    version, there = str(session.run("python", "-c", ask, silent=True)).strip().split("|")
+    lent = pathlib.Path(sysconfig.get_path("purelib"))
+    if version == str(sys.version_info[:2]) and (lent / "torch").is_dir():
+        pathlib.Path(there, "borrowed.pth").write_text(f"{lent}\n")
+    else:
+        session.install("-e", ".[dev]")
