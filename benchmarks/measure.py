@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,17 +75,20 @@ def timed(work: Callable[[], Any]) -> Timing:
 
 
 def paired_blocks(
-    works: dict[str, Callable[[], Any]], blocks: int, *, warmup: int = 1
+    prepare: dict[str, Callable[[], Callable[[], Any]]], blocks: int, *, warmup: int = 1
 ) -> dict[str, list[Timing]]:
-    """Return `blocks` timings of each work, run by turns in an order that rotates every block."""
-    names = list(works)
+    """Return `blocks` timings of each work, run by turns in an order that rotates every block.
+
+    Each `prepare[name]()` returns the work to time; itself it is outside the clock.
+    """
+    names = list(prepare)
     for _ in range(warmup):
         for name in names:
-            works[name]()
+            prepare[name]()()
     timings: dict[str, list[Timing]] = {name: [] for name in names}
     for _ in range(blocks):
         for name in names:
-            timings[name].append(timed(works[name]))
+            timings[name].append(timed(prepare[name]()))
         names.append(names.pop(0))
     return timings
 
@@ -116,14 +118,13 @@ def count_calls(work: Callable[[], Any]) -> int:
     return sum(calls.values())
 
 
-@contextmanager
-def host_reads() -> Any:
-    """Yield a dict that counts, by name, the reads of tensor values made inside the block."""
-    counts: dict[str, int] = {}
+def count_host_reads(work: Callable[[], Any]) -> int:
+    """Return how often `work()` reads a tensor's value (HOST_READS), on any thread."""
+    reads: list[str] = []
 
     def counted(name: str, read: Callable[..., Any]) -> Callable[..., Any]:
         def reading(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            counts[name] = counts.get(name, 0) + 1
+            reads.append(name)
             return read(self, *args, **kwargs)
 
         return reading
@@ -132,18 +133,14 @@ def host_reads() -> Any:
     for name in HOST_READS:
         setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
     try:
-        yield counts
+        work()
     finally:
         for name, method in own.items():
             if method is None:
                 delattr(torch.Tensor, name)
             else:
                 setattr(torch.Tensor, name, method)
-
-
-def per_step(count: Callable[[int], int], short: int, long: int) -> float:
-    """Return the cost of one step, free of what a run costs once: by difference of two lengths."""
-    return (count(long) - count(short)) / (long - short)
+    return len(reads)
 
 
 def digest(paths: Iterable[pathlib.Path]) -> str:

@@ -50,6 +50,8 @@ class TextTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width, padding_idx=0)
+        with torch.no_grad():
+            self.embed.weight.mul_(0.1)  # at PyTorch's 1, SGD hardly moves it
         self.position = nn.Parameter(torch.zeros(length, width))
         self.blocks = nn.ModuleList(_Block(width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)

@@ -46,7 +46,12 @@ def _number(least: float, most: float = math.inf, *, above: bool = False) -> Rea
             number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
             number = math.nan
-        if not math.isfinite(number) or number > most or number < least or above and number == least:
+        if (
+            not math.isfinite(number)
+            or number > most
+            or number < least
+            or (above and number == least)
+        ):
             raise _bad(wanted)
         return number
 
@@ -112,7 +117,9 @@ def _flag(value: Any) -> bool:
 
 
 def _option(default: Any, read: Reader, metavar: str, help: str, *, flag: str | None = None) -> Any:
-    return field(default=default, metadata={"read": read, "metavar": metavar, "help": help, "flag": flag})
+    return field(
+        default=default, metadata={"read": read, "metavar": metavar, "help": help, "flag": flag}
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,21 +130,32 @@ class TrainConfig:
         ConfigError: a value that cannot be used; it names the option, what was found and wanted.
     """
 
-    epochs: int | None = _option(None, _integer(1), "N", "passes over the loader; 1 when no other end is given")
+    epochs: int | None = _option(
+        None, _integer(1), "N", "passes over the loader; 1 when no other end is given"
+    )
     steps: int | None = _option(None, _integer(1), "N", "end after N optimizer steps")
     minutes: float | None = _option(None, _number(0, above=True), "T", "end after T minutes")
     val: str | None = _option(None, _text, "LOADER", "validate on this loader after every epoch")
-    optimizer: str | None = _option(None, _text, "NAME", "the optimizer; else the one found, else AdamW")
+    optimizer: str | None = _option(
+        None, _text, "NAME", "the optimizer; else the one found, else AdamW"
+    )
     lr: float | None = _option(
         None, _number(0, above=True), "X", "learning rate of a fresh AdamW (default 1e-3)"
     )
-    loss: str | None = _option(None, _text, "NAME", "the criterion of a bare cell; else the one found")
+    loss: str | None = _option(
+        None, _text, "NAME", "the criterion of a bare cell; else the one found"
+    )
     scheduler: str | None = _option(
         None, _text, "NAME", "learning-rate scheduler, advanced by samples seen; else the one found"
     )
-    log: tuple[str, ...] | None = _option(None, _names, "NAMES", "more numbers of the step to record: acc,ppl")
+    log: tuple[str, ...] | None = _option(
+        None, _names, "NAMES", "more numbers of the step to record: acc,ppl"
+    )
     precision: str = _option(
-        "auto", _one_of("auto", "fp32", "bf16", "fp16"), "auto|fp32|bf16|fp16", "what the model computes in"
+        "auto",
+        _one_of("auto", "fp32", "bf16", "fp16"),
+        "auto|fp32|bf16|fp16",
+        "what the model computes in",
     )
     batch: str | int = _option(
         "adaptive",
@@ -146,10 +164,16 @@ class TrainConfig:
         "the global batch: steered, the loader's own, or N samples",
     )
     policy: str = _option(
-        "goodput", _one_of("goodput", "stability"), "goodput|stability", "how an adaptive batch is steered"
+        "goodput",
+        _one_of("goodput", "stability"),
+        "goodput|stability",
+        "how an adaptive batch is steered",
     )
     max_batch: int | None = _option(
-        None, _integer(1), "N", "the most that the global batch may grow to (default 16 x the loader's)"
+        None,
+        _integer(1),
+        "N",
+        "the most that the global batch may grow to (default 16 x the loader's)",
     )
     efficiency: float = _option(
         0.9,
@@ -158,10 +182,16 @@ class TrainConfig:
         "least statistical efficiency per sample of a grown batch; 1 keeps the loader's batch",
     )
     accum: str | int = _option(
-        "auto", _one_of("auto", otherwise=_integer(1)), "auto|K", "micro-batches in a step; K pins them"
+        "auto",
+        _one_of("auto", otherwise=_integer(1)),
+        "auto|K",
+        "micro-batches in a step; K pins them",
     )
     micro: str | int = _option(
-        "auto", _one_of("auto", otherwise=_integer(1)), "auto|M", "samples in a micro-batch; M pins them"
+        "auto",
+        _one_of("auto", otherwise=_integer(1)),
+        "auto|M",
+        "samples in a micro-batch; M pins them",
     )
     memory: float | int = _option(
         0.9, _memory, "X", "memory budget: a fraction of the device's, or a size such as 8GiB"
@@ -170,10 +200,14 @@ class TrainConfig:
         "auto",
         _one_of("auto", "none", "linear", "sqrt"),
         "auto|none|linear|sqrt",
-        "the learning rate when the batch is not the loader's; auto: AdaScale for SGD, root for Adam",
+        "the learning rate when the batch is not the loader's; auto: AdaScale for SGD, root for "
+        "Adam",
     )
     warmup: str | int = _option(
-        "auto", _one_of("auto", otherwise=_integer(0)), "N", "steps over which the learning rate is ramped"
+        "auto",
+        _one_of("auto", otherwise=_integer(0)),
+        "N",
+        "steps over which the learning rate is ramped",
     )
     reduction: str = _option(
         "auto",
@@ -182,16 +216,25 @@ class TrainConfig:
         "how the loss is reduced over samples; auto: read off the criterion in use",
     )
     clip: float | None = _option(None, _number(0, above=True), "X", "clip the gradient norm to X")
-    seed: int | None = _option(None, _integer(0), "N", "seed Python, NumPy and torch before the run")
+    seed: int | None = _option(
+        None, _integer(0), "N", "seed Python, NumPy and torch before the run"
+    )
     device: str | None = _option(None, _text, "D", "where to train: cuda, cuda:1, mps, cpu")
     compile: bool = _option(False, _flag, "", "compile the model (not built yet)")
     cache: str = _option(
-        "off", _one_of("off", "ram", "device"), "off|ram|device", "keep samples after the first epoch (not built yet)"
+        "off",
+        _one_of("off", "ram", "device"),
+        "off|ram|device",
+        "keep samples after the first epoch (not built yet)",
     )
-    workers: int | None = _option(None, _integer(0), "N", "loader worker processes, in place of the loader's")
+    workers: int | None = _option(
+        None, _integer(0), "N", "loader worker processes, in place of the loader's"
+    )
     checkpoint: str | None = _option(None, _text, "DIR", "write checkpoints to DIR (not built yet)")
     resume: bool = _option(False, _flag, "", "go on from the newest checkpoint (not built yet)")
-    processes: int = _option(1, _integer(1), "N", "data-parallel over N local processes (not built yet)")
+    processes: int = _option(
+        1, _integer(1), "N", "data-parallel over N local processes (not built yet)"
+    )
     o: str | None = _option(None, _text, "NAME", "put the Run into NAME", flag="-o")
     plain: bool = _option(False, _flag, "", "text only, no widgets")
 
@@ -204,7 +247,8 @@ class TrainConfig:
                 object.__setattr__(self, item.name, item.metadata["read"](value))
             except (TypeError, ValueError) as error:
                 raise ConfigError(
-                    f"{flag_of(item)} is {value!r}; wanted {error}; see %%hybrid_train? for every option"
+                    f"{flag_of(item)} is {value!r}; wanted {error}; see %%hybrid_train? for "
+                    "every option"
                 ) from None
         _refuse_unbuilt(self)
         _refuse_contradictions(self)
@@ -212,7 +256,9 @@ class TrainConfig:
     def as_json(self) -> dict[str, Any]:
         """Return the options as plain JSON values, one key a field."""
         return {
-            item.name: list(value) if isinstance(value := getattr(self, item.name), tuple) else value
+            item.name: list(value)
+            if isinstance(value := getattr(self, item.name), tuple)
+            else value
             for item in dataclasses.fields(self)
         }
 
@@ -247,7 +293,9 @@ def _refuse_unbuilt(config: TrainConfig) -> None:
     }
     for flag, given in asked.items():
         if given:
-            raise ConfigError(f"{flag} is not built yet in this version; the run was not started; leave it out")
+            raise ConfigError(
+                f"{flag} is not built yet in this version; the run was not started; leave it out"
+            )
 
 
 def _refuse_contradictions(config: TrainConfig) -> None:
@@ -259,7 +307,12 @@ def _refuse_contradictions(config: TrainConfig) -> None:
                 f"--batch {batch} is not --accum {accum} micro-batches of --micro {micro}; "
                 "wanted batch = accum x micro; leave one of the three out"
             )
-    if isinstance(config.batch, int) and config.max_batch is not None and config.batch > config.max_batch:
+    if (
+        isinstance(config.batch, int)
+        and config.max_batch is not None
+        and config.batch > config.max_batch
+    ):
         raise ConfigError(
-            f"--batch {config.batch} is above --max-batch {config.max_batch}; wanted at most that; leave one out"
+            f"--batch {config.batch} is above --max-batch {config.max_batch}; wanted at most "
+            "that; leave one out"
         )

@@ -38,7 +38,8 @@ class StartRecord:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One optimizer step. `loss` is the mean over the step's samples (valid targets where counted)."""
+    """One optimizer step. `loss` is the mean over the step's samples (valid targets where "
+    "counted)."""
 
     step: int
     samples_seen: int
@@ -63,7 +64,7 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class BatchChangeRecord:
-    """One decision: `what` ("global", "micro", "control", "precision") went from `before` to `after`.
+    """One decision: `what` (global, micro, control, precision) went from `before` to `after`.
 
     `reason` is one sentence with its numbers. A control names itself in it.
     """
@@ -77,7 +78,8 @@ class BatchChangeRecord:
 
 @dataclass(frozen=True, slots=True)
 class ValidationRecord:
-    """One pass over the validation loader: `metrics` holds `epoch`, `loss` and every logged mean."""
+    """One pass over the validation loader: `metrics` holds `epoch`, `loss` and every logged "
+    "mean."""
 
     step: int
     metrics: dict[str, float]
@@ -85,7 +87,8 @@ class ValidationRecord:
 
 @dataclass(frozen=True, slots=True)
 class NoteRecord:
-    """One sentence that the person should read: what was inferred, what could not be done and why."""
+    """One sentence that the person should read: what was inferred, what could not be done and "
+    "why."""
 
     text: str
 

@@ -29,8 +29,8 @@ class History(Sequence[StepRecord]):
     """The steps of a run, oldest first, thinned so that a million of them stay in bounded memory.
 
     At most `limit` records are held. When that is reached the older ones are halved: of every four
-    neighbours the two with the lowest and the highest loss stay, and skipped steps before others, so
-    that spikes survive.
+    neighbours the two with the lowest and the highest loss stay, skipped steps before others, so that
+    spikes survive.
     """
 
     def __init__(self, limit: int = 4096) -> None:
@@ -49,7 +49,9 @@ class History(Sequence[StepRecord]):
         kept = [first]
         for at in range(0, len(middle), 4):
             group = sorted(middle[at : at + 4], key=_height)
-            kept += sorted({group[0].step: group[0], group[-1].step: group[-1]}.values(), key=lambda r: r.step)
+            kept += sorted(
+                {group[0].step: group[0], group[-1].step: group[-1]}.values(), key=lambda r: r.step
+            )
         self._records = [*kept, last]
 
     def __getitem__(self, index: Any) -> Any:
@@ -71,7 +73,7 @@ def _height(record: StepRecord) -> tuple[bool, float]:
 class Run:
     """What a run did. Times in seconds, memory in bytes; `None` is unknown.
 
-    `outcome` is "finished", "stopped", "interrupted" or "failed". `peak_allocated_bytes` is what the
+    `outcome` is "finished", "stopped", "interrupted" or "failed". `peak_allocated_bytes` is what
     tensors needed (on a CPU: the process's peak resident set), `peak_reserved_bytes` what the
     allocator took. `metrics` is a dict a validation. `seconds` counts training, not validation,
     which is `validation_seconds`.
@@ -162,7 +164,9 @@ class Run:
             "environment": self.environment,
             "notes": self.notes,
         }
-        handle, name = tempfile.mkstemp(dir=target.parent or ".", prefix=target.name, suffix=".part")
+        handle, name = tempfile.mkstemp(
+            dir=target.parent or ".", prefix=target.name, suffix=".part"
+        )
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 for line in (head, *map(records.as_json, self._records())):
@@ -193,11 +197,20 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         except ValueError:
             head, lines = {}, []
     if not isinstance(head, dict) or head.get("kind") != "run":
-        raise HybridMagicError(f"{path} is not a saved run; wanted a file written by run.save(); check its path")
+        raise HybridMagicError(
+            f"{path} is not a saved run; wanted a file written by run.save(); check its path"
+        )
     run = Run(config=head["config"], environment=head["environment"])
     for name in ("outcome", "steps", "samples_seen", "seconds", "validation_seconds", "final_loss"):
         setattr(run, name, head[name])
-    for name in ("peak_allocated_bytes", "peak_reserved_bytes", "skipped_steps", "error", "metrics", "notes"):
+    for name in (
+        "peak_allocated_bytes",
+        "peak_reserved_bytes",
+        "skipped_steps",
+        "error",
+        "metrics",
+        "notes",
+    ):
         setattr(run, name, head[name])
     for line in lines:
         record = records.from_json(line)

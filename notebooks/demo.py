@@ -56,10 +56,11 @@ def execute(notebook: Any) -> CellExecutionError | None:
         notebook,
         timeout=CELL_TIMEOUT_S,
         kernel_name="python3",
+        extra_arguments=["--log-level=ERROR"],  # not the kernel's advice on its transport
         record_timing=False,  # times of day would be noise in the notebook's diff
         resources={"metadata": {"path": str(HERE)}},
         on_cell_start=progress.start,
-        on_cell_complete=progress.end,
+        on_cell_executed=progress.end,
     )
     try:
         client.execute()

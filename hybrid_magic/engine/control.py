@@ -16,7 +16,11 @@ from ..errors import ConfigError
 SETTINGS: dict[str, tuple[str, float, float]] = {
     "accum": ("accumulation steps", 1, math.inf),
     "memory": ("memory high-water mark, a fraction of the device's memory", 0.05, 1.0),
-    "stability_threshold": ("relative spread of the loss under which it counts as stable", 0.0, 10.0),
+    "stability_threshold": (
+        "relative spread of the loss under which it counts as stable",
+        0.0,
+        10.0,
+    ),
     "growth_factor": ("most that the global batch grows by at once", 1.0, 4.0),
     "max_batch": ("largest global batch", 1, math.inf),
     "lr_multiplier": ("learning-rate multiplier", 0.0, 100.0),

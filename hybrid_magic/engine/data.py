@@ -19,8 +19,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, Subset, TensorDataset
-from torch.utils.data import default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    Sampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from ..errors import HybridMagicError
 from . import nested
@@ -80,7 +87,9 @@ def open_feed(loader: Any, name: str, *, workers: int | None = None, pin: bool =
     except (TypeError, NotImplementedError):
         empty = False
     if empty:
-        raise HybridMagicError(f"{name} is empty; wanted at least one batch; check its dataset (and drop_last)")
+        raise HybridMagicError(
+            f"{name} is empty; wanted at least one batch; check its dataset (and drop_last)"
+        )
     if isinstance(loader, DataLoader) and _standard(loader):
         return _SizedFeed(loader, workers, pin)
     if not hasattr(loader, "__iter__"):
@@ -110,7 +119,9 @@ class _SizedFeed:
         cut: Any = loader.batch_sampler
         self._sampler, self._drop_last, self.base = cut.sampler, cut.drop_last, cut.batch_size
         self._generator = loader.generator
-        self._issued: deque[tuple[int, int, bool]] = deque()  # (micro-batches of its step, samples, probe)
+        self._issued: deque[tuple[int, int, bool]] = (
+            deque()
+        )  # (micro-batches of its step, samples, probe)
         self._plan: Planner | None = None
         self._pin = pin
         try:
@@ -214,7 +225,8 @@ def _whole(order: Iterator[int], size: int) -> Iterator[int]:
 
 
 def _plain_tensors(loader: DataLoader[Any]) -> tuple[list[torch.Tensor], list[int] | None] | None:
-    """Return the tensors that the loader indexes and the order of its subset, None for other datasets."""
+    """Return the tensors that the loader indexes and the order of its subset, None for other "
+    "datasets."""
     dataset, order = loader.dataset, None
     if loader.collate_fn is not default_collate:
         return None
@@ -267,8 +279,14 @@ class _SplitFeed:
                     step.probe = plan.probe
                     if start == 0 and want == self.base:
                         want = end  # the base batch is one batch as it comes, whatever its size
-                size = end if n is None else min(queue.popleft() if queue else micro, want, end - start)
-                step.batches.append(batch if size == end else nested.rows(batch, start, start + size))
+                size = (
+                    end
+                    if n is None
+                    else min(queue.popleft() if queue else micro, want, end - start)
+                )
+                step.batches.append(
+                    batch if size == end else nested.rows(batch, start, start + size)
+                )
                 step.sizes.append(size)
                 start, want = start + size, want - size
                 if want <= 0:

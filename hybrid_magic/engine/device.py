@@ -75,10 +75,15 @@ class DeviceProbe:
         """Wait until the device's queued work is done."""
 
     def budget_bytes(self, memory: float | int) -> int | None:
-        """Return the bytes that `--memory` allows: a fraction of what this process can have, or itself."""
+        """Return the bytes that `--memory` allows: a fraction of what this process can have, "
+        "or itself."""
         if isinstance(memory, int) and memory > 1:
             return memory
-        return None if self.total_bytes is None else int(memory * (self.total_bytes - self.taken_bytes))
+        return (
+            None
+            if self.total_bytes is None
+            else int(memory * (self.total_bytes - self.taken_bytes))
+        )
 
 
 class CpuProbe(DeviceProbe):
@@ -178,7 +183,9 @@ class CudaProbe(DeviceProbe):
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak(self) -> tuple[int | None, int | None]:
-        return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
+        return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(
+            self.device
+        )
 
     def pressure(self) -> int:
         return torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)
@@ -212,11 +219,13 @@ class MpsProbe(DeviceProbe):
 
 def probe_for(device: torch.device) -> DeviceProbe:
     """Return the probe of `device`."""
-    return {"cpu": CpuProbe, "cuda": CudaProbe, "mps": MpsProbe}.get(device.type, DeviceProbe)(device)
+    return {"cpu": CpuProbe, "cuda": CudaProbe, "mps": MpsProbe}.get(device.type, DeviceProbe)(
+        device
+    )
 
 
 def choose_device(asked: str | None, model: torch.nn.Module) -> torch.device:
-    """Return where to train: as asked, else where the model is if that is an accelerator, else the best.
+    """Return where to train: as asked, else the accelerator that the model is on, else the best.
 
     Raises:
         HybridMagicError: a device that does not exist here, or parameters on several devices.
@@ -229,12 +238,14 @@ def choose_device(asked: str | None, model: torch.nn.Module) -> torch.device:
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             why = str(error).splitlines()[0]
             raise HybridMagicError(
-                f"--device {asked} cannot be used here ({why}); wanted a device of this machine; try --device cpu"
+                f"--device {asked} cannot be used here ({why}); wanted a device of this "
+                "machine; try --device cpu"
             ) from None
         return device
     if len(found) > 1:
         raise HybridMagicError(
-            f"the model's parameters are on {', '.join(sorted(map(str, found)))}; wanted one device; "
+            f"the model's parameters are on {', '.join(sorted(map(str, found)))}; wanted one "
+            "device; "
             "move the model to one, or name it with --device"
         )
     (device,) = found

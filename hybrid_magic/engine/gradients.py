@@ -33,7 +33,9 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
 def family(optimizer: torch.optim.Optimizer) -> str:
     """Return "adam" for optimizers that divide by the root of a second moment, else "sgd"."""
     defaults = optimizer.defaults
-    return "adam" if "betas" in defaults or "alpha" in defaults and "centered" in defaults else "sgd"
+    return (
+        "adam" if "betas" in defaults or ("alpha" in defaults and "centered" in defaults) else "sgd"
+    )
 
 
 class NoiseProbe:
@@ -79,7 +81,7 @@ class NoiseProbe:
         return total_norm(self._grads())
 
     def pair(self, size: int) -> Tensor | None:
-        """Return (norm of this step, of the one before, of their mean), or None on the first of two.
+        """Return the norms of this step, the one before and their mean; None on the first of two.
 
         Args:
             size: samples in this step; both steps must have had as many.

@@ -46,7 +46,10 @@ def native(device: torch.device) -> tuple[str | None, str]:
         if torch.version.hip or major >= 8:
             return "bf16", f"compute capability {major}.{minor} computes bf16 natively"
         if major == 7:
-            return "fp16", f"compute capability {major}.{minor} has fp16 tensor cores and no native bf16"
+            return (
+                "fp16",
+                f"compute capability {major}.{minor} has fp16 tensor cores and no native bf16",
+            )
         return None, f"compute capability {major}.{minor} has no tensor cores"
     if device.type == "cpu":
         if _cpu_computes_bf16():
@@ -78,7 +81,9 @@ def _has_bf16_instructions() -> bool:
     """Return whether the processor lists bf16 arithmetic (avx512_bf16, amx_bf16, or Arm's bf16)."""
     try:
         with open("/proc/cpuinfo") as file:
-            flags = next((line for line in file if line.lower().startswith(("flags", "features"))), "")
+            flags = next(
+                (line for line in file if line.lower().startswith(("flags", "features"))), ""
+            )
     except OSError:
         return False
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())

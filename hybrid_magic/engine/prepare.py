@@ -29,7 +29,7 @@ def prepared(
 ) -> Iterator[None]:
     """Have `model` in train mode on `device` without gradients, and everything as found afterwards.
 
-    A model in train mode keeps the layers that the person has put into eval mode (frozen BatchNorm).
+    A model in train mode keeps the layers that the person put into eval mode (frozen BatchNorm).
     """
     home = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
@@ -68,11 +68,15 @@ def _move(model: nn.Module, optimizer: Any, criterion: Any, device: torch.device
 
 @contextlib.contextmanager
 def fast_formats(model: nn.Module, precision: Precision, device: torch.device) -> Iterator[bool]:
-    """Use channels_last for convolutions and TF32 for the rest on tensor-core GPUs; yield whether so.
+    """Use channels_last for convolutions, TF32 for the rest, on tensor cores; yield whether so.
 
     Only in mixed precision: FP32 computes exactly as the plain loop does.
     """
-    if device.type != "cuda" or not precision.mixed or torch.cuda.get_device_capability(device)[0] < 7:
+    if (
+        device.type != "cuda"
+        or not precision.mixed
+        or torch.cuda.get_device_capability(device)[0] < 7
+    ):
         yield False
         return
     convolutions = any(parameter.dim() == 4 for parameter in model.parameters())
@@ -95,7 +99,8 @@ def _set_format(model: nn.Module, memory_format: Any) -> None:
 
 
 class Interrupts:
-    """Holds the first Ctrl-C back until the step in hand is whole; a second one is not held back."""
+    """Holds the first Ctrl-C back until the step in hand is whole; a second one is not held "
+    "back."""
 
     def __init__(self) -> None:
         self.hit = False

@@ -56,7 +56,9 @@ class TrainState:
         self.step = self.samples = self.epoch = self.in_epoch = 0
         self._sink, self._control = sink, control
         self._steering = steering.init(settings)
-        self._pinned = settings.batch != "adaptive" and (settings.micro or settings.accum) is not None
+        self._pinned = (
+            settings.batch != "adaptive" and (settings.micro or settings.accum) is not None
+        )
         ends = (config.epochs, config.steps, config.minutes)
         self._epochs = 1 if ends == (None, None, None) else config.epochs
         self._steps = config.steps
@@ -110,7 +112,9 @@ class TrainState:
         """Read a step's values, record it, and let the policy answer."""
         values, sizes, marks = result.values(), result.sizes, result.marks
         loss, norm = values[0], math.hypot(*values[1 : 1 + result.gradients])
-        skipped = result.skipped if result.skipped is not None else loss + norm - (loss + norm) != 0.0
+        skipped = (
+            result.skipped if result.skipped is not None else loss + norm - (loss + norm) != 0.0
+        )
         span = self.probe.seconds
         forward = backward = 0.0
         micro = []
@@ -153,9 +157,9 @@ class TrainState:
         logged = values[len(values) - len(result.names) :] if result.names else ()
         self.emit(
             StepRecord(
-                step, samples, loss, norm, result.lr, size, sizes[0], len(sizes), skipped, 0, waited,
-                forward, backward, optimizer, seconds, allocated, reserved, self._noise_scale,
-                dict(zip(result.names, logged)) if result.names else None,
+                step, samples, loss, norm, result.lr, size, max(sizes), len(sizes), skipped, 0,
+                waited, forward, backward, optimizer, seconds, allocated, reserved, self._noise_scale,
+                dict(zip(result.names, logged, strict=True)) if result.names else None,
             )
         )  # fmt: skip
 
@@ -196,7 +200,9 @@ class TrainState:
                 return True
         if self.interrupts.hit:
             raise KeyboardInterrupt
-        if self.step == self._steps or self._seconds is not None and self._trained() >= self._seconds:
+        if self.step == self._steps or (
+            self._seconds is not None and self._trained() >= self._seconds
+        ):
             self.run.outcome = "finished"
             return True
         return False
@@ -232,7 +238,11 @@ class TrainState:
         return False
 
     def _asked(self, before: str, after: str, reason: str) -> None:
-        self.emit(BatchChangeRecord(self.step, before, after, "control", f"{reason}: {after} at step {self.step}"))
+        self.emit(
+            BatchChangeRecord(
+                self.step, before, after, "control", f"{reason}: {after} at step {self.step}"
+            )
+        )
 
     # -- epochs and the end --
 

@@ -129,7 +129,10 @@ def read(watch: LossWatch, loss: torch.Tensor, batch: Any, n: int, asked: str) -
         return Reduction("sum", "--reduction sum")
     own = next((call for call in calls if call.result is loss), None)
     if asked == "auto" and own is None and calls and all(call.reduction == "sum" for call in calls):
-        if n == 1 or abs(float(loss)) > 0.9 * abs(float(calls[-1].result)):
+        # A sum divided by its samples is a mean; of one sample the two are the same number, and
+        # then only a loss with more added to the sum is taken for a sum.
+        value, part = abs(float(loss.detach())), abs(float(calls[-1].result.detach()))
+        if value > (1.0001 if n == 1 else 0.9) * part:
             return Reduction("sum", f"the loss is made of sums ({calls[-1].name})")
     if asked == "auto" and own is not None and own.reduction == "sum":
         return Reduction("sum", f"{own.name} is called with reduction='sum'")
@@ -137,7 +140,9 @@ def read(watch: LossWatch, loss: torch.Tensor, batch: Any, n: int, asked: str) -
         found = _targets(call, batch) if call.reduction == "mean" else None
         if found is not None:
             return found
-    return Reduction("mean", f"{own.name} is a mean over samples" if own else "taken as a mean over samples")
+    return Reduction(
+        "mean", f"{own.name} is a mean over samples" if own else "taken as a mean over samples"
+    )
 
 
 def _targets(call: _Call, batch: Any) -> Reduction | None:
@@ -160,7 +165,8 @@ def _targets(call: _Call, batch: Any) -> Reduction | None:
 
 
 def _same(flat: torch.Tensor, leaf: torch.Tensor, ignore_index: int) -> bool:
-    """Return whether `flat` holds `leaf`'s targets in order, whatever ignored ones stand between."""
+    """Return whether `flat` holds `leaf`'s targets in order, whatever ignored ones stand "
+    "between."""
     if flat.numel() == leaf.numel():
         return bool(torch.equal(flat, leaf.reshape(-1)))
     kept = leaf.reshape(-1)

@@ -51,12 +51,17 @@ def _pass_seconds(state: StepState, batch: Any) -> float:
     return seconds
 
 
-def faster_precision(state: StepState, batch: Any, name: str, *, rounds: int = 5) -> tuple[str, str]:
+def faster_precision(
+    state: StepState, batch: Any, name: str, *, rounds: int = 5
+) -> tuple[str, str]:
     """Return the faster of fp32 and `name` on `batch`, and the measurement in words.
 
     The two take turns; the fastest pass of each counts. fp32 stays unless `name` is 15 % faster.
     """
-    candidates = {"fp32": Precision("fp32", state.device.device), name: Precision(name, state.device.device)}
+    candidates = {
+        "fp32": Precision("fp32", state.device.device),
+        name: Precision(name, state.device.device),
+    }
     best = dict.fromkeys(candidates, float("inf"))
     with leaving_no_trace(state):
         for turn in range(rounds + 1):

@@ -47,7 +47,8 @@ def settings_for(
     feed = task.feed
     if feed.most is not None and isinstance(config.micro, int) and config.micro > feed.most:
         raise ConfigError(
-            f"--micro {config.micro} is above {feed.most}, the batch that {task.names['loader']} yields; its "
+            f"--micro {config.micro} is above {feed.most}, the batch that "
+            f"{task.names['loader']} yields; its "
             f"batches can be cut and not joined; use at most {feed.most}, or a map-style DataLoader"
         )
     return steering.Settings(
@@ -105,7 +106,9 @@ def open_state(
     ready.precision, reason = _choose_precision(ready, config, first)
     if stack.enter_context(fast_formats(task.model, ready.precision, probe.device)):
         ready.move = _mover(probe, channels_last=True)
-    ready.skip_on_device = probe.late and all(group.get("fused") for group in optimizer.param_groups)
+    ready.skip_on_device = probe.late and all(
+        group.get("fused") for group in optimizer.param_groups
+    )
     schedule = None
     if task.scheduler is not None:
         batches = None if task.feed.samples is None else -(-task.feed.samples // task.feed.base)
@@ -127,7 +130,9 @@ def _mover(probe: DeviceProbe, *, channels_last: bool) -> Any:
     return lambda batch: to_device(batch, probe.device, channels_last=channels_last)
 
 
-def _choose_precision(ready: StepState, config: TrainConfig, first: StepData) -> tuple[Precision, str]:
+def _choose_precision(
+    ready: StepState, config: TrainConfig, first: StepData
+) -> tuple[Precision, str]:
     """Return the precision of the run and why, measuring where the device does not settle it."""
     device = ready.device.device
     if config.precision != "auto":
@@ -137,7 +142,8 @@ def _choose_precision(ready: StepState, config: TrainConfig, first: StepData) ->
     name, why = precisions.native(device)
     measured = precisions.worth_measuring(device)
     if name is None and measured is not None:
-        name, times = rehearse.faster_precision(ready, first.batches[0], measured)
+        largest = first.batches[first.sizes.index(max(first.sizes))]
+        name, times = rehearse.faster_precision(ready, largest, measured)
         why = f"{why}, and {times}"
     return Precision(name or "fp32", device), f"chose {name or 'fp32'}: {why}"
 
@@ -158,7 +164,11 @@ def _measure_sizes(ready: StepState, state: TrainState, first: StepData) -> None
 
 
 def _start(
-    task: Task, config: TrainConfig, probe: DeviceProbe, optimizer: torch.optim.Optimizer, precision: str
+    task: Task,
+    config: TrainConfig,
+    probe: DeviceProbe,
+    optimizer: torch.optim.Optimizer,
+    precision: str,
 ) -> StartRecord:
     ends = (config.epochs, config.steps, config.minutes)
     return StartRecord(

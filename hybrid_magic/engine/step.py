@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import HybridMagicError
 from . import reduction
 from .data import StepData
 from .device import DeviceProbe
@@ -48,7 +49,7 @@ class StepState:
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step gave. `values` reads, from the device: the loss, `gradients` norms, the norms of a
+    """What a step gave. `values` reads, from the device: the loss, `gradients` norms, those of a
     noise measurement (`noise`: "cut" two, "pair" three), and the logged values by `names`.
     """
 
@@ -75,7 +76,7 @@ def train_step(
         lr_factor: factor on the optimizer's learning rates for this step only.
         measure_peaks: read the device's memory peak after each micro-batch.
     Raises:
-        Whatever the person's own step raises, and ValueError when it returns no single loss.
+        Whatever the person's own step raises, and HybridMagicError when it returns no loss.
     """
     mark, marks = state.device.mark, []
     probing = (data.probe or state.noise.waits) and state.noise.begin(state.steps)
@@ -103,19 +104,21 @@ def train_step(
             loss, extra = forward(state, moved)
         marks.append(mark())
         weight = weights[number]
-        scaled = loss if state.precision.scaler is None else state.precision.scaler.scale(loss)
-        scaled.backward(None if weight == 1.0 else _gradient(state, weight, scaled))
-        share = loss.detach() if weight == 1.0 else loss.detach() * weight
-        total = share if total is None else total + share
+        if weight != 0.0:  # where no target counts the mean is 0/0, and its part of the step is 0
+            scaled = loss if state.precision.scaler is None else state.precision.scaler.scale(loss)
+            scaled.backward(None if weight == 1.0 else _gradient(state, weight, scaled))
+            share = loss.detach() if weight == 1.0 else loss.detach() * weight
+            total = share if total is None else total + share
         for name, value in extra.items():
             part = torch.as_tensor(value, dtype=torch.float32, device=loss.device).detach()
             part = part.mean() * (data.sizes[number] / sum(data.sizes))
             logged[name] = part if name not in logged else logged[name] + part
-        if probing and not paired and number == 0 and len(data.sizes) > 1:
+        if probing and not paired and number == 0 and 0.0 < weight < 1.0:
             norms.append(state.noise.norm())
         if peaks is not None:
             peaks.append(state.device.peak()[0])
-    assert total is not None and weights is not None
+    assert total is not None
+    assert weights is not None
     marks.append(mark())
     result = _apply(state, data, total, logged, norms, paired, lr_factor)
     marks.append(mark())
@@ -146,16 +149,21 @@ def _watched_forward(
 
 
 def check_loss(loss: Any) -> None:
-    """Raise ValueError unless `loss` is one number that a gradient can be taken of."""
+    """Raise HybridMagicError unless `loss` is one number that a gradient can be taken of."""
     if not isinstance(loss, Tensor):
         found, do = f"a {type(loss).__name__}", "return the loss of the batch"
     elif loss.numel() != 1 or loss.dim() > 0:
         found, do = f"a tensor of shape {tuple(loss.shape)}", "take its .mean()"
     elif not loss.requires_grad:
-        found, do = "a loss without a gradient", "compute it from the model, without .item() or no_grad"
+        found, do = (
+            "a loss without a gradient",
+            "compute it from the model, without .item() or no_grad",
+        )
     else:
         return
-    raise ValueError(f"the step gave {found}; wanted one number that depends on the model; {do}")
+    raise HybridMagicError(
+        f"the step gave {found}; wanted one number that depends on the model; {do}"
+    )
 
 
 def _gradient(state: StepState, weight: float, loss: Tensor) -> Tensor:
@@ -164,7 +172,9 @@ def _gradient(state: StepState, weight: float, loss: Tensor) -> Tensor:
     if gradient is None:
         if len(state.scales) > 64:
             state.scales.clear()
-        gradient = state.scales[weight] = torch.full((), weight, dtype=loss.dtype, device=loss.device)
+        gradient = state.scales[weight] = torch.full(
+            (), weight, dtype=loss.dtype, device=loss.device
+        )
     return gradient
 
 
@@ -185,7 +195,7 @@ def _apply(
             measured[0] = measured[0] / scaler.scale(torch.ones_like(measured[0]))
     grads = [param.grad for param in state.params if param.grad is not None]
     if not grads:
-        raise ValueError(
+        raise HybridMagicError(
             "the loss depends on no parameter of the model; wanted one that does; "
             "compute it from the model that is being trained"
         )
@@ -227,12 +237,12 @@ def _optimizer_step(optimizer: torch.optim.Optimizer, lr_factor: float) -> None:
     found = None if lr_factor == 1.0 else [group["lr"] for group in groups]
     try:
         if found is not None:
-            for group, lr in zip(groups, found):
+            for group, lr in zip(groups, found, strict=True):
                 group["lr"] = lr * lr_factor
         optimizer.step()
     finally:
         if found is not None:
-            for group, lr in zip(groups, found):
+            for group, lr in zip(groups, found, strict=True):
                 group["lr"] = lr
 
 

@@ -60,18 +60,24 @@ def describe(
     if optimizer is not None:
         _check_optimizer(optimizer, model, called)
     if step is not None and not callable(step):
-        raise ConfigError(f"step is {step!r}; wanted a function step(model, batch) that returns the loss")
+        raise ConfigError(
+            f"step is {step!r}; wanted a function step(model, batch) that returns the loss"
+        )
     if loss is not None and not callable(loss):
-        raise ConfigError(f"loss is a {type(loss).__name__}; wanted a criterion such as nn.CrossEntropyLoss()")
+        raise ConfigError(
+            f"loss is a {type(loss).__name__}; wanted a criterion such as nn.CrossEntropyLoss()"
+        )
     if scheduler is not None:
         _check_scheduler(scheduler, optimizer)
     if val is not None and not hasattr(val, "__iter__"):
         raise HybridMagicError(
-            f"{called['val']} is a {type(val).__name__}; wanted a DataLoader or an iterable of batches"
+            f"{called['val']} is a {type(val).__name__}; wanted a DataLoader or an iterable of "
+            "batches"
         )
     if optimizer is not None and config.lr is not None:
         raise ConfigError(
-            f"--lr {config.lr:g} is for a fresh AdamW, but {called['optimizer']} is used and has its own "
+            f"--lr {config.lr:g} is for a fresh AdamW, but {called['optimizer']} is used and "
+            "has its own "
             "learning rate; leave --lr out, or set it in the optimizer"
         )
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,7 +86,8 @@ def describe(
     )
     if feed.once and (config.epochs or 1) > 1:
         raise HybridMagicError(
-            f"{called['loader']} can be read only once, and --epochs is {config.epochs}; wanted something "
+            f"{called['loader']} can be read only once, and --epochs is {config.epochs}; wanted "
+            "something "
             "that can be read again; make it a list or a DataLoader"
         )
     task = Task(model, feed, step, loss, optimizer, scheduler, val, called)
@@ -91,32 +98,45 @@ def describe(
 
 def _check_model(model: Any, name: str) -> None:
     if not isinstance(model, nn.Module):
-        raise HybridMagicError(f"{name} is a {type(model).__name__}; wanted a torch.nn.Module; name your model")
+        raise HybridMagicError(
+            f"{name} is a {type(model).__name__}; wanted a torch.nn.Module; name your model"
+        )
     parameters = list(model.parameters())
     if not any(parameter.requires_grad for parameter in parameters):
         found = "no parameters" if not parameters else "only frozen parameters"
         raise HybridMagicError(
-            f"{name} has {found}; wanted at least one with requires_grad=True; unfreeze what should be trained"
+            f"{name} has {found}; wanted at least one with requires_grad=True; unfreeze what "
+            "should be trained"
         )
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in parameters):
         raise HybridMagicError(
-            f"{name} has lazy parameters without a shape yet; wanted real ones; run one batch through it first"
+            f"{name} has lazy parameters without a shape yet; wanted real ones; run one batch "
+            "through it first"
         )
-    half = [p.dtype for p in parameters if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)]
+    half = [
+        p.dtype
+        for p in parameters
+        if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)
+    ]
     if half:
         raise HybridMagicError(
-            f"{name} has {len(half)} parameters of {half[0]}; wanted FP32 weights, from which mixed precision "
-            f"works; call {name if name.isidentifier() else 'model'}.float() and make its optimizer anew"
+            f"{name} has {len(half)} parameters of {half[0]}; wanted FP32 weights, from which "
+            "mixed precision "
+            f"works; call {name if name.isidentifier() else 'model'}.float() and make its "
+            "optimizer anew"
         )
 
 
 def _check_optimizer(optimizer: Any, model: nn.Module, called: Mapping[str, str]) -> None:
     name = called["optimizer"]
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise HybridMagicError(f"{name} is a {type(optimizer).__name__}; wanted a torch.optim.Optimizer")
+        raise HybridMagicError(
+            f"{name} is a {type(optimizer).__name__}; wanted a torch.optim.Optimizer"
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise HybridMagicError(
-            f"{name} is LBFGS, which asks for the loss many times a step; wanted an optimizer whose "
+            f"{name} is LBFGS, which asks for the loss many times a step; wanted an optimizer "
+            "whose "
             "step() needs no closure; use AdamW or SGD"
         )
     own = {id(parameter) for parameter in model.parameters()}
@@ -124,7 +144,8 @@ def _check_optimizer(optimizer: Any, model: nn.Module, called: Mapping[str, str]
     others = sum(id(parameter) not in own for parameter in held)
     if others:
         raise HybridMagicError(
-            f"{name} holds {others} of {len(held)} parameters that are not {called['model']}'s; wanted an "
+            f"{name} holds {others} of {len(held)} parameters that are not {called['model']}'s; "
+            "wanted an "
             f"optimizer of this model; make it anew after the model: {type(optimizer).__name__}"
             f"({called['model'] if called['model'].isidentifier() else 'model'}.parameters(), ...)"
         )
@@ -132,11 +153,14 @@ def _check_optimizer(optimizer: Any, model: nn.Module, called: Mapping[str, str]
 
 def _check_scheduler(scheduler: Any, optimizer: Any) -> None:
     if not callable(getattr(scheduler, "step", None)):
-        raise HybridMagicError(f"the scheduler is a {type(scheduler).__name__}; wanted one of torch.optim.lr_scheduler")
+        raise HybridMagicError(
+            f"the scheduler is a {type(scheduler).__name__}; wanted one of torch.optim.lr_scheduler"
+        )
     held = getattr(scheduler, "optimizer", optimizer)
     if optimizer is None or held is not optimizer:
         raise HybridMagicError(
-            "the scheduler belongs to another optimizer than the one that trains; wanted one made with it; "
+            "the scheduler belongs to another optimizer than the one that trains; wanted one "
+            "made with it; "
             "name the optimizer with --optimizer, or make the scheduler anew"
         )
 
@@ -149,13 +173,22 @@ def infer_step(task: Task, batch: Any) -> tuple[Compute, str]:
     """
     if isinstance(batch, Mapping):
         return _keyword_step, f"step: {task.names['model']}(**batch).loss"
-    if not (isinstance(batch, (list, tuple)) and len(batch) == 2 and isinstance(batch[1], torch.Tensor)):
-        held = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+    if not (
+        isinstance(batch, (list, tuple)) and len(batch) == 2 and isinstance(batch[1], torch.Tensor)
+    ):
+        held = (
+            f"{type(batch).__name__} of {len(batch)}"
+            if hasattr(batch, "__len__")
+            else type(batch).__name__
+        )
         raise HybridMagicError(
-            f"a batch of {task.names['loader']} is a {held}; wanted (x, y) with a tensor y, or keywords of a "
+            f"a batch of {task.names['loader']} is a {held}; wanted (x, y) with a tensor y, or "
+            "keywords of a "
             "Transformers model; write the step in the cell: the lines that compute loss from batch"
         )
-    classes = not (batch[1].is_floating_point() or batch[1].is_complex() or batch[1].dtype == torch.bool)
+    classes = not (
+        batch[1].is_floating_point() or batch[1].is_complex() or batch[1].dtype == torch.bool
+    )
     if task.criterion is not None:
         criterion = task.criterion
         name = task.names.get("loss") or type(criterion).__name__
@@ -171,11 +204,18 @@ def _keyword_step(model: Any, batch: Any) -> Any:
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
         raise HybridMagicError(
-            f"the batch is a {type(batch).__name__} of {', '.join(map(str, batch))}, and the model's output "
+            f"the batch is a {type(batch).__name__} of {', '.join(map(str, batch))}, and the "
+            "model's output "
             "has no loss for it; wanted labels in the batch; or write the step in the cell"
         )
     labels, logits = batch.get("labels"), getattr(output, "logits", None)
-    if model.training or labels is None or logits is None or labels.dim() != 1 or labels.is_floating_point():
+    if (
+        model.training
+        or labels is None
+        or logits is None
+        or labels.dim() != 1
+        or labels.is_floating_point()
+    ):
         return loss
     return loss, {"accuracy": _accuracy(logits, labels)}
 
@@ -199,8 +239,10 @@ def _pair_step(criterion: Any, classes: bool) -> Compute:
 def _accuracy(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Return the share of `y` [n, ...] that is the largest of `output` [n, classes, ...]."""
     kept = y != -100
-    return (output.argmax(1)[kept] == y[kept]).float().mean() if output.shape[2:] == y.shape[1:] else y.new_tensor(
-        float("nan"), dtype=torch.float32
+    return (
+        (output.argmax(1)[kept] == y[kept]).float().mean()
+        if output.shape[2:] == y.shape[1:]
+        else y.new_tensor(float("nan"), dtype=torch.float32)
     )
 
 
@@ -217,4 +259,6 @@ def has_batch_statistics(model: nn.Module) -> bool:
 def check_first_batch(task: Task, batches: list[Any]) -> None:
     """Raise HybridMagicError when the first batch holds no sample."""
     if any(nested.count(batch) == 0 for batch in batches):
-        raise HybridMagicError(f"{task.names['loader']} yields an empty batch; wanted samples; check its dataset")
+        raise HybridMagicError(
+            f"{task.names['loader']} yields an empty batch; wanted samples; check its dataset"
+        )

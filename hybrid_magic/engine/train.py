@@ -73,7 +73,15 @@ def train(
     if config.seed is not None:
         seed_everything(config.seed)
     task = describe(
-        model, loader, step, config, optimizer=optimizer, val=val, loss=loss, scheduler=scheduler, names=names
+        model,
+        loader,
+        step,
+        config,
+        optimizer=optimizer,
+        val=val,
+        loss=loss,
+        scheduler=scheduler,
+        names=names,
     )
     task.notes[:0] = found
     probe = probe_for(choose_device(config.device, model))
@@ -94,7 +102,8 @@ def train(
 
 
 def _first_step(task: Task, state: TrainState) -> tuple[Iterator[StepData], StepData]:
-    """Draw the first step's samples, before anything is changed: a broken loader is told of here."""
+    """Draw the first step's samples, before anything is changed: a broken loader is told of "
+    "here."""
     found = RandomState(state.probe.device)
     stream = task.feed.epoch(state.plan)
     try:
@@ -104,12 +113,14 @@ def _first_step(task: Task, state: TrainState) -> tuple[Iterator[StepData], Step
         task.feed.close()
         why = str(error).strip().splitlines() or [""]
         raise HybridMagicError(
-            f"{task.names['loader']} failed on its first batch ({type(error).__name__}: {why[-1]}); wanted a "
+            f"{task.names['loader']} failed on its first batch ({type(error).__name__}: "
+            f"{why[-1]}); wanted a "
             "loader that yields batches; look at it with next(iter(...))"
         ) from error
     if first is None:
         raise HybridMagicError(
-            f"{task.names['loader']} yields nothing; wanted at least one batch; check its dataset and sampler"
+            f"{task.names['loader']} yields nothing; wanted at least one batch; check its "
+            "dataset and sampler"
         )
     return stream, first
 
@@ -126,14 +137,18 @@ def _loop(task: Task, state: TrainState, stream: Iterator[StepData]) -> None:
             waited = time.perf_counter() - start
             size = sum(data.sizes)
             result = train_step(
-                state.step_state, data, state.lr_factor(size), measure_peaks=state.measures_peaks(data)
+                state.step_state,
+                data,
+                state.lr_factor(size),
+                measure_peaks=state.measures_peaks(data),
             )
             state.took(result, waited, size, time.perf_counter() - start)
             if state.obey():
                 return
         if state.in_epoch == 0:
             raise HybridMagicError(
-                f"{task.names['loader']} yielded nothing in epoch {epoch + 1}; wanted the same data again; "
+                f"{task.names['loader']} yielded nothing in epoch {epoch + 1}; wanted the same "
+                "data again; "
                 "make it a list or a DataLoader"
             )
         if state.end_epoch(task.val):

@@ -36,7 +36,9 @@ def read(line: str) -> Line:
     try:
         words = shlex.split(line, comments=True)
     except ValueError as error:
-        raise ConfigError(f"the line cannot be read ({error}); wanted pairs of quotes; close them") from None
+        raise ConfigError(
+            f"the line cannot be read ({error}); wanted pairs of quotes; close them"
+        ) from None
     found = Line()
     names: list[str] = []
     while words:
@@ -63,7 +65,10 @@ def read(line: str) -> Line:
         else:
             raise ConfigError(f"{flag} has no value; wanted {flag} {item.metadata['metavar']}")
     if len(names) > 2:
-        raise ConfigError(f"{' '.join(names)} are {len(names)} names; wanted [MODEL] [LOADER]; give options as --option value")
+        raise ConfigError(
+            f"{' '.join(names)} are {len(names)} names; wanted [MODEL] [LOADER]; give options "
+            "as --option value"
+        )
     found.model, found.loader = [*names, None, None][:2]
     return found
 
@@ -83,9 +88,11 @@ def help_text(magic: str) -> str:
         f"%%{magic} [MODEL] [LOADER] [options]",
         "",
         "Train the model that the notebook holds as a hybrid of mixed precision, gradient",
-        "accumulation and adaptive batch scaling. The cell is the forward pass of one step: `batch`",
+        "accumulation and adaptive batch scaling. The cell is the forward pass of one step: "
+        "`batch`",
         "is what the loader yields, on the device; leave the loss in `loss`. An empty cell, or the",
-        f"line magic %{magic}, infers the step. MODEL and LOADER are names; left out, the one model",
+        f"line magic %{magic}, infers the step. MODEL and LOADER are names; left out, the one "
+        "model",
         "and the one DataLoader of the notebook are taken (of several loaders, train*).",
         "",
         "Options:",

@@ -44,7 +44,11 @@ def capture(line: Line, namespace: Mapping[str, Any], *, bare: bool) -> Captured
     Raises:
         HybridMagicError: a name that does not exist, no candidate, or several.
     """
-    if line.model in namespace and line.loader is None and not isinstance(namespace[line.model], nn.Module):
+    if (
+        line.model in namespace
+        and line.loader is None
+        and not isinstance(namespace[line.model], nn.Module)
+    ):
         if isinstance(namespace[line.model], DataLoader):  # %hybrid_train loader
             line = Line(None, line.model, line.options)
     options, names, said = line.options, {}, []
@@ -60,7 +64,11 @@ def capture(line: Line, namespace: Mapping[str, Any], *, bare: bool) -> Captured
         return value
 
     model = named("model", line.model) if line.model else only("model", _one_model(namespace))
-    loader = named("loader", line.loader) if line.loader else only("loader", _one_loader(namespace, options.get("val")))
+    loader = (
+        named("loader", line.loader)
+        if line.loader
+        else only("loader", _one_loader(namespace, options.get("val")))
+    )
     taken = Captured(model, loader, names=names, found=said)
     if "val" in options:
         taken.val = named("val", options["val"])
@@ -85,13 +93,16 @@ def capture(line: Line, namespace: Mapping[str, Any], *, bare: bool) -> Captured
 def _look_up(name: str, namespace: Mapping[str, Any], role: str) -> Any:
     if name in namespace:
         return namespace[name]
-    near = difflib.get_close_matches(name, [key for key in namespace if not key.startswith("_")], n=1)
+    near = difflib.get_close_matches(
+        name, [key for key in namespace if not key.startswith("_")], n=1
+    )
     do = f"did you mean {near[0]}?" if near else "run the cell that makes it"
     raise HybridMagicError(f"the notebook has no {name}; wanted the name of the {role}; {do}")
 
 
 def _distinct(namespace: Mapping[str, Any], fits: Callable[[Any], bool]) -> dict[str, Any]:
-    """Return the names whose values fit, the first name of each object, IPython's own names left out."""
+    """Return the names whose values fit, the first name of each object, IPython's own names "
+    "left out."""
     seen: set[int] = set()
     found: dict[str, Any] = {}
     for name, value in namespace.items():
@@ -110,10 +121,14 @@ def _one_model(namespace: Mapping[str, Any]) -> dict[str, Any]:
     inner = {id(part) for model in found.values() for part in model.modules() if part is not model}
     found = {name: model for name, model in found.items() if id(model) not in inner}
     if not found:
-        frozen = _distinct(namespace, lambda value: isinstance(value, nn.Module) and any(True for _ in value.parameters()))
+        frozen = _distinct(
+            namespace,
+            lambda value: isinstance(value, nn.Module) and any(True for _ in value.parameters()),
+        )
         held = f"only frozen models ({', '.join(frozen)})" if frozen else "no model"
         raise HybridMagicError(
-            f"the notebook holds {held}; wanted a torch.nn.Module with trainable parameters; make one, or name it"
+            f"the notebook holds {held}; wanted a torch.nn.Module with trainable parameters; "
+            "make one, or name it"
         )
     return _single(found, "models", "%%hybrid_train MODEL LOADER")
 
@@ -127,7 +142,8 @@ def _one_loader(namespace: Mapping[str, Any], val: str | None) -> dict[str, Any]
         found = training
     if not found:
         raise HybridMagicError(
-            "the notebook holds no DataLoader; wanted one; make it, or name any iterable of batches: "
+            "the notebook holds no DataLoader; wanted one; make it, or name any iterable of "
+            "batches: "
             "%%hybrid_train MODEL LOADER"
         )
     return _single(found, "DataLoaders", "%%hybrid_train MODEL LOADER")
@@ -154,8 +170,10 @@ def _one_optimizer(namespace: Mapping[str, Any], model: nn.Module, called: str) 
         held = [p for group in optimizer.param_groups for p in group["params"]]
         if not any(id(p) in others for p in held):
             raise HybridMagicError(
-                f"{name} holds {len(held)} of {len(held)} parameters that are not {called}'s; wanted an optimizer "
-                f"of this model; make it anew after the model: {type(optimizer).__name__}({called}.parameters(), ...)"
+                f"{name} holds {len(held)} of {len(held)} parameters that are not {called}'s; "
+                "wanted an optimizer "
+                "of this model; make it anew after the model: "
+                f"{type(optimizer).__name__}({called}.parameters(), ...)"
             )
     return {}
 
@@ -179,5 +197,7 @@ def _one_scheduler(namespace: Mapping[str, Any], optimizer: Optimizer) -> dict[s
 def _single(found: dict[str, Any], what: str, do: str) -> dict[str, Any]:
     if len(found) > 1:
         listed = ", ".join(f"{name} ({type(value).__name__})" for name, value in found.items())
-        raise HybridMagicError(f"the notebook holds {len(found)} {what}: {listed}; wanted one; name it: {do}")
+        raise HybridMagicError(
+            f"the notebook holds {len(found)} {what}: {listed}; wanted one; name it: {do}"
+        )
     return found

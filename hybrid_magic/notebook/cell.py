@@ -11,8 +11,8 @@ import ast
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import HybridMagicError
 from ..engine.step import Compute
+from ..errors import HybridMagicError
 
 _FUNCTION = "step"
 _MODEL = "_hybrid_model"  # a name that no notebook has: the person's own `model` stays theirs
@@ -33,7 +33,11 @@ def make_step(shell: Any, cell: str, log: Sequence[str], line: str) -> Compute |
         SyntaxError: as the person's own cell would raise it.
     """
     text = shell.transform_cell(cell)
-    tree = ast.parse(text, filename="the cell")
+    shown = "\n".join([_head(line), *(_INDENT + row for row in text.splitlines()), ""])
+    name = shell.compile.cache(
+        shown, shell.execution_count, raw_code=f"%%hybrid_train {line}\n{cell}"
+    )
+    tree = _parse(text, name)
     if not tree.body:
         return None
     _refuse_loop(tree)
@@ -42,36 +46,51 @@ def make_step(shell: Any, cell: str, log: Sequence[str], line: str) -> Compute |
     if not _assigns(tree, "loss"):
         if not isinstance(last, ast.Expr):
             raise HybridMagicError(
-                f"line {last.lineno + _FIRST_LINE - 1}: the cell leaves no loss; wanted `loss = ...`, or the loss as its "
+                f"line {last.lineno + _FIRST_LINE - 1}: the cell leaves no loss; wanted `loss = "
+                "...`, or the loss as its "
                 "last expression; assign it"
             )
-        tree.body[-1] = ast.copy_location(ast.Assign([ast.Name("loss", ast.Store())], last.value), last)
+        tree.body[-1] = ast.copy_location(
+            ast.Assign([ast.Name("loss", ast.Store())], last.value), last
+        )
     for name in log:
         if not _assigns(tree, name):
-            raise HybridMagicError(f"--log {name}: the cell assigns no {name}; wanted a name it assigns; check its spelling")
-    return _compile(shell, cell, text, tree, log, line)
+            raise HybridMagicError(
+                f"--log {name}: the cell assigns no {name}; wanted a name it assigns; check its "
+                "spelling"
+            )
+    return _compile(tree, log, name, shell.user_ns)
 
 
 def _refuse_loop(tree: ast.Module) -> None:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "backward":
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "backward"
+        ):
             raise HybridMagicError(
-                f"line {node.lineno + _FIRST_LINE - 1}: {ast.unparse(node)} makes this a training loop, which this version "
-                "does not take over yet; wanted the forward pass of one step; keep the lines that compute "
+                f"line {node.lineno + _FIRST_LINE - 1}: {ast.unparse(node)} makes this a "
+                "training loop, which this version "
+                "does not take over yet; wanted the forward pass of one step; keep the lines "
+                "that compute "
                 "loss from batch, and name epochs with --epochs"
             )
 
 
 def _refuse_accumulators(tree: ast.Module) -> None:
-    """Refuse `running += loss.item()` of a notebook name: a step is a function, and its names its own."""
+    """Refuse `running += loss.item()` of a notebook name: a step is a function, and its names "
+    "its own."""
     known: set[str] = {"batch"}
     for statement in tree.body:
         if isinstance(statement, ast.AugAssign) and isinstance(statement.target, ast.Name):
             name = statement.target.id
             if name not in known:
                 raise HybridMagicError(
-                    f"line {statement.lineno + _FIRST_LINE - 1}: {name} is added to but belongs to the notebook, and a step's "
-                    "names are its own; wanted a number of this step; assign it and record it with --log"
+                    f"line {statement.lineno + _FIRST_LINE - 1}: {name} is added to but belongs "
+                    "to the notebook, and a step's "
+                    "names are its own; wanted a number of this step; assign it and record it "
+                    "with --log"
                 )
         known |= _assigned(statement)
 
@@ -88,26 +107,37 @@ def _assigns(tree: ast.Module, name: str) -> bool:
     return any(name in _assigned(statement) for statement in tree.body)
 
 
-def _compile(
-    shell: Any, cell: str, text: str, tree: ast.Module, log: Sequence[str], line: str
-) -> Compute:
-    names = [ast.Constant(name) for name in log]
-    values = ast.Dict(names, [ast.Name(name, ast.Load()) for name in log])  # type: ignore[arg-type]
+def _head(line: str) -> str:
+    return f"def {_FUNCTION}({_MODEL}, batch):  # %%hybrid_train {line}".rstrip()
+
+
+def _parse(text: str, name: str) -> ast.Module:
+    """Return the cell's tree; a mistake in it is told at its line of the cell."""
+    try:
+        return ast.parse(text, filename=name)
+    except SyntaxError as error:
+        error.lineno = None if error.lineno is None else error.lineno + _FIRST_LINE - 1
+        if getattr(error, "end_lineno", None) is not None:
+            error.end_lineno = error.end_lineno + _FIRST_LINE - 1  # type: ignore[operator]
+        raise
+
+
+def _compile(tree: ast.Module, log: Sequence[str], name: str, namespace: dict[str, Any]) -> Compute:
+    """Return the step function of a checked tree; its text is cached under `name`, indented."""
+    names = [ast.Constant(item) for item in log]
+    values = ast.Dict(names, [ast.Name(item, ast.Load()) for item in log])  # type: ignore[arg-type]
     loss = ast.Name("loss", ast.Load())
     returned = ast.Return(ast.Tuple([loss, values], ast.Load()) if log else loss)
-    function = ast.parse(f"def {_FUNCTION}({_MODEL}, batch): pass").body[0]
-    assert isinstance(function, ast.FunctionDef)
-    for statement in tree.body:
+    for statement in ast.fix_missing_locations(tree).body:
         ast.increment_lineno(statement, _FIRST_LINE - 1)
-        for node in ast.walk(statement):  # what is shown is indented, and so are its columns
+        for node in ast.walk(statement):
             if isinstance(node, (ast.stmt, ast.expr)):
                 node.col_offset += len(_INDENT)
                 node.end_col_offset = (node.end_col_offset or 0) + len(_INDENT)
+    function = ast.parse(f"def {_FUNCTION}({_MODEL}, batch): pass").body[0]
+    assert isinstance(function, ast.FunctionDef)
     function.body = [*tree.body, ast.copy_location(returned, tree.body[-1])]
     module = ast.fix_missing_locations(ast.Module([function], []))
-    head = f"def {_FUNCTION}({_MODEL}, batch):  # %%hybrid_train {line}".rstrip()
-    shown = "\n".join([head, *(_INDENT + row for row in text.splitlines()), ""])
-    name = shell.compile.cache(shown, shell.execution_count, raw_code=f"%%hybrid_train {line}\n{cell}")
-    namespace: dict[str, Any] = {}
-    exec(compile(module, name, "exec"), shell.user_ns, namespace)
-    return namespace[_FUNCTION]
+    made: dict[str, Any] = {}
+    exec(compile(module, name, "exec"), namespace, made)
+    return made[_FUNCTION]

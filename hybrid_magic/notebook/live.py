@@ -121,7 +121,7 @@ class View:
         with interrupts_held():
             if self._text is not None:
                 self._text.draw()
-                least_s = self._text.interval_s(now - scene.began)
+                least_s = self._text.interval_s(scene.elapsed_s(now))
             elif self._panel is not None:
                 self._panel.draw(now)
         cost_s = time.perf_counter() - began

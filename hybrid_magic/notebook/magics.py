@@ -6,7 +6,9 @@ code keeps its traceback, at the line of their cell.
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 from IPython.core.error import UsageError
@@ -16,6 +18,7 @@ from ..errors import HybridMagicError
 from . import arguments
 
 MAGICS = ("hybrid_train",)
+_PACKAGE = str(pathlib.Path(__file__).parent.parent)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -32,6 +35,7 @@ def register(shell: Any) -> None:
     """Register the magics and their completions with an InteractiveShell."""
 
     def hybrid_train(line: str, cell: str | None = None) -> None:
+        __tracebackhide__ = True
         train(shell, line, cell)
 
     hybrid_train.__doc__ = arguments.help_text("hybrid_train")
@@ -47,6 +51,7 @@ def register(shell: Any) -> None:
 
 def train(shell: Any, line: str, cell: str | None) -> None:
     """Run `%%hybrid_train`: read the line, take what it names, train, and show the run."""
+    __tracebackhide__ = True  # IPython leaves such frames out of what it shows
     from ..engine.train import train as run_training
     from . import capture, live
     from .cell import make_step
@@ -56,7 +61,9 @@ def train(shell: Any, line: str, cell: str | None) -> None:
     step = _or_one_line(lambda: make_step(shell, cell or "", config.log or (), line))
     taken = _or_one_line(lambda: capture.capture(read, shell.user_ns, bare=step is None))
     if config.log and step is None:
-        raise UsageError("--log is for a step that the cell writes, and this cell is empty; leave --log out")
+        raise UsageError(
+            "--log is for a step that the cell writes, and this cell is empty; leave --log out"
+        )
     before = runs.last_run
     view = live.open_view(plain=config.plain)
     interrupted: Interrupted | None = None
@@ -80,6 +87,9 @@ def train(shell: Any, line: str, cell: str | None) -> None:
         interrupted = Interrupted("the run ended at a whole step; hm.last_run holds it")
     except HybridMagicError as error:
         mistake = str(error)
+    except Exception as error:
+        error.__traceback__ = _theirs(error.__traceback__)
+        raise
     finally:
         run = runs.last_run if runs.last_run is not before else None
         view.close(run)
@@ -93,8 +103,20 @@ def train(shell: Any, line: str, cell: str | None) -> None:
 
 def _or_one_line(work: Callable[[], Any]) -> Any:
     """Return what `work` returns; a person's mistake becomes one line without a traceback."""
+    __tracebackhide__ = True
     try:
         return work()
     except HybridMagicError as error:
         message = str(error)
+    except SyntaxError as error:
+        error.__traceback__ = None
+        raise
     raise UsageError(message)
+
+
+def _theirs(traceback: TracebackType | None) -> TracebackType | None:
+    """Return the traceback from the first frame that is not ours, all of it when every frame is."""
+    entry = traceback
+    while entry is not None and entry.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+        entry = entry.tb_next
+    return entry or traceback

@@ -45,10 +45,10 @@ class Panel:
         self._box = W.VBox(
             [
                 self._live,
-                self._why,
                 W.HBox(self._actions, layout=wrap),
                 W.GridBox(self._settings, layout=grid),
                 self._deaf,
+                self._why,  # last: it grows, and controls must not move under the hand
             ],
             layout=W.Layout(width="100%", max_width="1200px", padding="4px 8px", overflow="hidden"),
         )
@@ -102,9 +102,7 @@ class Panel:
         pausing = button("Pause", "pause", "Hold the run after this step, and go on", pause)
         return pausing, [
             pausing,
-            button(
-                "Stop", "stop", "End the run at a whole step; the notebook goes on", stop
-            ),
+            button("Stop", "stop", "End the run at a whole step; the notebook goes on", stop),
             button(
                 "Grow now",
                 "arrow-up",
@@ -183,7 +181,8 @@ def _live_html(scene: Scene, now: float) -> str:
     part = "" if fraction is None else q.share(math.floor(fraction * 100) / 100)
     done = 0.0 if fraction is None else 100 * fraction
     return (
-        '<div style="line-height:1.5"><div style="display:flex;flex-wrap:wrap;gap:0 12px">'
+        '<div style="line-height:1.5"><div data-hybrid-magic="status" '
+        'style="display:flex;flex-wrap:wrap;gap:0 12px">'
         f"<b>{escape(scene.state())}</b><span>{escape(scene.progress(now))}</span></div>"
         f'<div role="progressbar" aria-valuemin="0" aria-valuemax="100" aria-valuenow="{done:.0f}" '
         f'aria-label="Progress {part}" style="height:6px;border-radius:3px;margin:4px 0 10px;'

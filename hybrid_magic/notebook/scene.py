@@ -35,6 +35,7 @@ class Scene:
         self.validation: ValidationRecord | None = None
         self.notes: deque[str] = deque(maxlen=4)
         self.paused = self.stopping = False
+        self._looked, self._idle_s = now, 0.0
         self._looks: deque[tuple[float, int, float]] = deque(maxlen=_LOOKS)
 
     def take(self, record: Record) -> None:
@@ -55,9 +56,15 @@ class Scene:
     def look(self, now: float) -> None:
         """Note where the run is, for speed and remaining time; call it before reading those."""
         if self.paused:
+            self._idle_s += now - self._looked
             self._looks.clear()
         elif self.last is not None:
             self._looks.append((now, self.last.samples_seen, self.fraction(now) or 0.0))
+        self._looked = now
+
+    def elapsed_s(self, now: float) -> float:
+        """Return the seconds since the start, pauses left out."""
+        return now - self.began - self._idle_s
 
     def total_samples(self) -> int | None:
         if self.start.samples_per_epoch is None or self.start.epochs is None:
@@ -73,7 +80,7 @@ class Scene:
         if self.start.steps:
             parts.append((self.last.step if self.last else 0) / self.start.steps)
         if self.start.minutes:
-            parts.append((now - self.began) / (60 * self.start.minutes))
+            parts.append(self.elapsed_s(now) / (60 * self.start.minutes))
         return min(1.0, max(parts)) if parts else None
 
     def samples_per_second(self) -> float | None:
@@ -111,7 +118,7 @@ class Scene:
                     f"epoch {min(epoch, epochs)} of {epochs}" if epochs else f"epoch {epoch}"
                 )
             parts.append(f"step {q.count(self.last.step)}")
-        parts.append(f"{_calm(now - self.began)} so far")
+        parts.append(f"{_calm(self.elapsed_s(now))} so far")
         left = None if self.paused else self.remaining_s()
         if left is not None:
             parts.append(f"about {_calm(max(1.0, left))} to go")

@@ -11,22 +11,24 @@ from itertools import takewhile
 def ladder(most: int) -> list[int]:
     """Return the rounded sizes up to `most`: 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, ...
 
-    Powers of two and one size between each pair; multiples of 8 above 16. Few sizes, because kernels
-    are tuned anew for each.
+    Powers of two and one size between each pair; multiples of 8 above 16. Few sizes, because
+    kernels are tuned anew for each.
     """
     powers = (1 << i for i in range(most.bit_length() + 1))
-    rungs = (rung for power in powers for rung in ((power,) if power < 2 else (power, power * 3 // 2)))
+    rungs = (
+        rung for power in powers for rung in ((power,) if power < 2 else (power, power * 3 // 2))
+    )
     return list(takewhile(lambda rung: rung <= most, rungs))
 
 
 def rounded(size: int) -> int:
-    """Return the largest kernel-friendly size up to `size`, within 1/16 of it: a multiple of 8 above 16."""
+    """Return the largest size up to `size` that suits kernels: above 16 a multiple of 8 or more."""
     step = max(8, 1 << max(0, size.bit_length() - 5)) if size > 16 else 1
     return size - size % step
 
 
 def even(n: int, micro: int) -> int:
-    """Return the smallest rounded size that cuts `n` into no more micro-batches than `micro` does."""
+    """Return the smallest rounded size that cuts `n` into no more pieces than `micro` does."""
     if n <= micro:
         return n
     size = -(-n // -(-n // micro))
@@ -67,10 +69,10 @@ def split(n: int, micro: int, *, floor: int = 1) -> tuple[int, ...]:
 
 
 def rising(n: int, top: int) -> tuple[int, ...]:
-    """Return a first step's sizes: two rises to about `top`, well under what is thought to fit, then the rest.
+    """Return a first step's sizes: two rises to about `top`, then the rest.
 
-    Each size is a point (size, peak bytes, seconds) of the micro-batch model; twice, because the
-    first time of a size pays for its kernels.
+    `top` is well under what is thought to fit. Each size is a point (size, peak bytes, seconds) of
+    the micro-batch model; twice, because the first time of a size pays for its kernels.
     """
     top = ladder(max(1, min(top, n)))[-1]
     rise = sorted({ladder(max(1, top // part))[-1] for part in (4, 2, 1)})

@@ -23,7 +23,7 @@ class Settings:
         batch_statistics: the model has layers that see the micro-batch (BatchNorm).
         stability_threshold: relative spread of the loss under which it counts as stable.
         sum_reduction: the loss sums over samples, so the gradient itself grows with the batch.
-        loss_scaling: a step skipped with a finite loss is the loss scale finding its place, no alarm.
+        loss_scaling: a step skipped with a finite loss is the loss scale finding its place.
     """
 
     base: int
@@ -50,7 +50,12 @@ class Settings:
     def steered(self) -> bool:
         """Whether the global batch may change by itself."""
         pinned = self.accum is not None and self.micro is not None
-        return self.batch == "adaptive" and self.efficiency < 1 and self.max_batch > self.base and not pinned
+        return (
+            self.batch == "adaptive"
+            and self.efficiency < 1
+            and self.max_batch > self.base
+            and not pinned
+        )
 
     @property
     def first_batch(self) -> int:
@@ -60,14 +65,22 @@ class Settings:
         if self.accum is None or self.micro is None:
             return self.base
         product = self.accum * self.micro
-        return self.base if self.batch == "fixed" and 0 <= product - self.base < self.micro else product
+        return (
+            self.base
+            if self.batch == "fixed" and 0 <= product - self.base < self.micro
+            else product
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The micro-batch sizes of a step. `probe`: measure the noise scale on it. With several sizes,
-    the first micro-batch's gradient against the whole step's; with one, this step's gradient against
-    the mean of it and the next step's, if that has as many samples (n_small = B, n_large = 2 B)."""
+    """The micro-batch sizes of a step.
+
+    `probe`: measure the noise scale on it. With several sizes, the first micro-batch's gradient
+    against the whole step's (the mean over micro-batches is better where it costs nothing). With
+    one, this step's gradient against the mean of it and the next step's, if that has as many
+    samples: n_small = B with the mean of the two squared norms, n_large = 2 B.
+    """
 
     sizes: tuple[int, ...]
     probe: bool = False

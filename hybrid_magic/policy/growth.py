@@ -34,6 +34,24 @@ class Health:
     first_mean: float | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Where the global batch stands and what bounds its next move.
+
+    `factor` is the most it grows by, `least` the least efficiency of a grown batch, `may_grow`
+    false while the run is not stable; `fit` returns the largest batch up to a given one that can be
+    cut as the model needs.
+    """
+
+    batch: int
+    base: int
+    max_batch: int
+    factor: float
+    least: float
+    may_grow: bool
+    fit: Callable[[int], int]
+
+
 @dataclass(frozen=True, slots=True)
 class Move:
     """A new global batch and the sentence that says why."""
@@ -67,15 +85,17 @@ def spread(health: Health) -> float | None:
         return None
     centre = sum(health.means) / BLOCKS
     places = [i - (BLOCKS - 1) / 2 for i in range(BLOCKS)]
-    slope = sum(x * y for x, y in zip(places, health.means)) / sum(x * x for x in places)
+    slope = sum(x * y for x, y in zip(places, health.means, strict=True)) / sum(
+        x * x for x in places
+    )
     slope = min(slope, 0.0)
-    residual = sum((y - centre - slope * x) ** 2 for x, y in zip(places, health.means))
+    residual = sum((y - centre - slope * x) ** 2 for x, y in zip(places, health.means, strict=True))
     level = max(abs(centre), 0.1 * abs(health.first_mean or 0.0))
     return math.sqrt(residual / (BLOCKS - 1)) / level if level > 0 else 0.0
 
 
 def norm_limit(health: Health) -> float:
-    """Return the gradient norm above which a step blew up; infinite while a quarter is not yet seen."""
+    """Return the gradient norm above which a step blew up; infinite while few norms were seen."""
     if len(health.norms) < NORMS // 4:
         return math.inf
     median = sorted(health.norms)[len(health.norms) // 2]
@@ -97,10 +117,11 @@ def largest_efficient(base: int, noise: float, least: float) -> float:
 
 
 def lr_factor(rule: str, family: str, batch: int, base: int, noise: float | None) -> float:
-    """Return the learning rate of a step of `batch` over that of the base batch; 1.0 exactly at base.
+    """Return the learning rate of a step of `batch` over that of the base batch, where it is 1.
 
     Args:
-        rule: "none", "linear", "sqrt", or "auto": AdaScale's gain for family "sgd", the root for "adam".
+        rule: "none", "linear", "sqrt", or "auto": AdaScale's gain for SGD, else the root.
+        family: "sgd" or "adam".
         noise: noise scale in samples; None (not measured) takes the root, halfway between the gains
             of no noise (1) and of nothing but noise (linear).
     Source:
@@ -132,92 +153,80 @@ def grown(batch: int, factor: float, ceiling: float) -> int | None:
 
 
 def by_goodput(
-    batch: int,
-    *,
-    base: int,
-    max_batch: int,
-    factor: float,
-    least: float,
-    noise: NoiseEstimate,
-    stable: bool,
-    seconds: Callable[[int], float | None],
-    fit: Callable[[int], int],
+    now: Standing, noise: NoiseEstimate, seconds: Callable[[int], float | None]
 ) -> Move | None:
     """Return the move of the goodput policy, None to stay: throughput(B) x efficiency(B), among the
     batches whose efficiency is at least `least`.
 
     Growing is judged by the lower end of the noise scale; by its gain now, or at the furthest batch
-    that may be reached. Shrinking is judged by the middle, and asks for more than growing gave up.
+    that may be reached. Shrinking is judged by the middle, where clearly too much was lost.
 
     Args:
-        seconds: predicted seconds of a step, None when not known: then one growth is tried, to learn it.
-        fit: the largest batch up to the one given that can be cut as the model needs.
+        seconds: predicted seconds of a step, None when not known: then one growth is tried.
     Source:
         Qiao et al. 2021 (Pollux), OSDI, section 3.
     """
     lower = noise.noise_scale
-    ceiling = min(max_batch, largest_efficient(base, lower, least))
-    wanted = grown(batch, factor, ceiling)
-    wanted = grown(batch, factor, fit(wanted)) if wanted and stable else None
+    ceiling = min(now.max_batch, largest_efficient(now.base, lower, now.least))
+    wanted = _next(now, ceiling)
+    if wanted is None:
+        return _back(now, noise)
+    clause = f"noise scale {lower:.0f} samples"
+    present, then = seconds(now.batch), seconds(wanted)
+    if present is None or then is None:
+        return Move(wanted, f"{clause}, to learn what a larger step costs")
+    worth = _gain(now, wanted, lower, present, then)
+    if worth >= WORTH:
+        return Move(wanted, f"{clause}, +{100 * worth:.0f} % goodput")
+    far = now.fit(rounded(int(ceiling)))
+    at_far = seconds(far) if far > wanted else None
+    further = 0.0 if at_far is None else _gain(now, far, lower, present, at_far)
+    if worth > 0 and further >= WORTH:
+        return Move(wanted, f"{clause}, +{100 * further:.0f} % goodput on the way to {far}")
+    return None
+
+
+def by_stability(now: Standing, noise: NoiseEstimate | None, swing: float) -> Move | None:
+    """Return the move of the paper's rule, None to stay: grow by the factor once the loss has been
+    stable for `SPACING` steps (accumulation keeps memory below the mark). `least` bounds the
+    efficiency here too; 0 leaves the rule alone."""
+    if noise is None and now.least > 0:
+        return None
+    efficient = (
+        math.inf if noise is None else largest_efficient(now.base, noise.noise_scale, now.least)
+    )
+    wanted = _next(now, min(now.max_batch, efficient))
     if wanted is not None:
-        now = seconds(batch)
-        clause = f"noise scale {lower:.0f} samples"
-        if now is None or (then := seconds(wanted)) is None:
-            return Move(wanted, f"{clause}, to learn what a larger step costs")
-        gain = _gain(batch, wanted, base, lower, now, then)
-        if gain >= WORTH:
-            return Move(wanted, f"{clause}, +{100 * gain:.0f} % goodput")
-        far = fit(rounded(int(ceiling)))
-        at_far = seconds(far) if far > wanted else None
-        further = _gain(batch, far, base, lower, now, at_far) if at_far is not None else 0.0
-        if gain > 0 and further >= WORTH:
-            return Move(wanted, f"{clause}, +{100 * further:.0f} % goodput on the way to {far}")
-    if batch <= base or noise.middle is None:
-        return None
-    return _by_efficiency(batch, base, factor, least, noise.middle)
+        return Move(wanted, f"loss stable for {SPACING} steps, its spread {100 * swing:.0f} %")
+    return None if noise is None else _back(now, noise)
 
 
-def _gain(batch: int, other: int, base: int, noise: float, now: float, then: float) -> float:
-    throughput = (other / then) / (batch / now)
-    return throughput * efficiency(other, base, noise) / efficiency(batch, base, noise) - 1
+def _next(now: Standing, ceiling: float) -> int | None:
+    """Return the next larger batch that the rules and the model allow, if there is one."""
+    wanted = grown(now.batch, now.factor, ceiling) if now.may_grow else None
+    return None if wanted is None else grown(now.batch, now.factor, now.fit(wanted))
 
 
-def _by_efficiency(batch: int, base: int, factor: float, least: float, noise: float) -> Move | None:
-    """Return the shrink of a batch that has clearly become too large for its noise scale."""
-    found = efficiency(batch, base, noise)
-    if found >= 1 - SLACK * (1 - least):
-        return None
-    wanted = max(base, math.ceil(batch / factor), rounded(int(largest_efficient(base, noise, least))))
-    if wanted >= batch:
-        return None
-    return Move(
-        wanted, f"noise scale {noise:.0f} samples, efficiency {100 * found:.0f} % of the wanted {100 * least:.0f} %"
+def _gain(now: Standing, batch: int, noise: float, present: float, then: float) -> float:
+    """Return the relative gain in goodput of `batch` over the present one, from both's seconds."""
+    throughput = (batch / then) / (now.batch / present)
+    return (
+        throughput * efficiency(batch, now.base, noise) / efficiency(now.batch, now.base, noise) - 1
     )
 
 
-def by_stability(
-    batch: int,
-    *,
-    base: int,
-    max_batch: int,
-    factor: float,
-    least: float,
-    noise: NoiseEstimate | None,
-    swing: float,
-    threshold: float,
-    fit: Callable[[int], int],
-) -> Move | None:
-    """Return the move of the paper's rule, None to stay: grow by the factor when the loss has been
-    stable for `SPACING` steps. `least` bounds the efficiency here too; 0 leaves the rule alone."""
-    if noise is None and least > 0:
+def _back(now: Standing, noise: NoiseEstimate) -> Move | None:
+    """Return the shrink of a batch that has clearly become too large for its noise scale."""
+    if now.batch <= now.base or noise.middle is None:
         return None
-    ceiling = float(max_batch)
-    if noise is not None:
-        ceiling = min(ceiling, largest_efficient(base, noise.noise_scale, least))
-    wanted = grown(batch, factor, ceiling)
-    wanted = grown(batch, factor, fit(wanted)) if wanted else None
-    if wanted is not None and swing < threshold:
-        return Move(wanted, f"loss stable for {SPACING} steps (spread {100 * swing:.0f} % of {100 * threshold:.0f} %)")
-    if batch > base and noise is not None and noise.middle is not None:
-        return _by_efficiency(batch, base, factor, least, noise.middle)
-    return None
+    found = efficiency(now.batch, now.base, noise.middle)
+    if found >= 1 - SLACK * (1 - now.least):
+        return None
+    efficient = rounded(int(largest_efficient(now.base, noise.middle, now.least)))
+    wanted = max(now.base, math.ceil(now.batch / now.factor), efficient)
+    percent = f"efficiency {100 * found:.0f} %, wanted {100 * now.least:.0f} %"
+    return (
+        Move(wanted, f"noise scale {noise.middle:.0f} samples, {percent}")
+        if wanted < now.batch
+        else None
+    )

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
-WINDOW = 96  # probes in the sums; a decaying mean of few probes jumps by a factor of 80 within an epoch
+WINDOW = (
+    96  # probes in the sums; a decaying mean of few probes jumps by a factor of 80 within an epoch
+)
 WARMUP = 24  # probes before there is an estimate
 BLOCKS = 8  # consecutive blocks that the standard errors are taken from
 
@@ -28,8 +31,8 @@ class NoiseState:
 class NoiseEstimate:
     """What the probes say.
 
-    `noise_scale` (samples) is the lower end, variance / (|G|^2 + one standard error), and the number
-    to act on when growing; `middle` is variance / |G|^2, None while |G|^2 is within one standard
+    `noise_scale` (samples) is the lower end, variance / (|G|^2 + one standard error): the number to
+    act on when growing. `middle` is variance / |G|^2, None while |G|^2 is within one standard
     error of zero. `grad_sq` estimates the squared norm of the true gradient and may be negative;
     `variance` the trace of the per-sample covariance.
     """
@@ -53,13 +56,14 @@ def update(
 ) -> NoiseState:
     """Return `state` with one more probe; a probe that is not finite is left out.
 
-    Each term is unbiased whatever the two sizes are, so probes of different sizes add up. The weights
-    (samples compared) are those of its precision where noise outweighs signal.
+    Each term is unbiased whatever the two sizes are, so probes of different sizes add up; the
+    weights (samples compared) give most to those that know most.
 
     Args:
         sq_norm_small: squared L2 norm of the mean gradient of `n_small` samples (a mean of several
             such norms is better still).
-        sq_norm_large: squared L2 norm of the mean gradient of `n_large` samples, the small ones among them.
+        sq_norm_large: squared L2 norm of the mean gradient of `n_large` samples, the small ones
+            among them.
         n_small, n_large: samples behind each norm; n_small < n_large.
     Raises:
         ValueError: n_small is not in 1..n_large-1.
@@ -80,7 +84,7 @@ def update(
 
 
 def estimate(state: NoiseState) -> NoiseEstimate | None:
-    """Return what the last probes say, None before `WARMUP` of them or when nothing was measured."""
+    """Return what the last probes say, None before `WARMUP` of them or where all were zero."""
     probes = len(state.signal)
     if probes < WARMUP:
         return None
@@ -104,7 +108,7 @@ def _mean_and_error(terms: tuple[float, ...], weights: tuple[float, ...]) -> tup
     """Return the weighted mean and its standard error from blocks of neighbours, which hold what
     consecutive probes have in common."""
     edges = [len(terms) * i // BLOCKS for i in range(BLOCKS + 1)]
-    means = [sum(terms[a:b]) / sum(weights[a:b]) for a, b in zip(edges, edges[1:])]
+    means = [sum(terms[a:b]) / sum(weights[a:b]) for a, b in pairwise(edges)]
     centre = sum(means) / BLOCKS
     error = math.sqrt(sum((mean - centre) ** 2 for mean in means) / (BLOCKS * (BLOCKS - 1)))
     return sum(terms) / sum(weights), error

@@ -15,8 +15,9 @@ from . import batch as cutting
 from . import growth, microbatch, noise_scale
 from .facts import Settings, StepPlan
 from .growth import Health
-from .microbatch import MicroState, Timing
+from .microbatch import MicroState
 from .noise_scale import NoiseEstimate, NoiseState
+from .timing import Timing
 
 Changes = tuple[BatchChangeRecord, ...]
 
@@ -37,7 +38,7 @@ class State:
     estimate: NoiseEstimate | None = None
     probed: bool = False  # a probe came since the estimate
     until_probe: float = 0  # steps; 0 before the first plan, infinite where nothing is measured
-    planned: int = 0
+    planned: bool = False  # the first step was
     observed: int = 0
     seen: int = 0  # steps observed at the present sizes
     stepped: bool = False  # the optimizer has made its state
@@ -61,7 +62,9 @@ class State:
 def init(settings: Settings) -> State:
     """Return the state before the first step."""
     batch = settings.first_batch
-    first = min(batch, settings.base) if settings.batch_statistics else max(first_step(settings, batch))
+    first = (
+        min(batch, settings.base) if settings.batch_statistics else max(first_step(settings, batch))
+    )
     micro = pinned(settings, batch) or min(first, settings.micro_most or first)
     sizes = microbatch.init(
         budget_bytes=settings.budget_bytes,
@@ -78,24 +81,23 @@ def init(settings: Settings) -> State:
 
 
 def pinned(settings: Settings, batch: int) -> int | None:
-    """Return the micro-batch that the settings pin for steps of `batch`, None where it is to be chosen."""
-    if settings.accum is not None:
-        return -(-batch // settings.accum)
-    return settings.micro
+    """Return the micro-batch that the settings pin for steps of `batch`, None where they do not."""
+    wanted = settings.micro if settings.accum is None else -(-batch // settings.accum)
+    return wanted if wanted is None else min(wanted, settings.micro_most or wanted)
 
 
 def first_step(settings: Settings, n: int) -> tuple[int, ...]:
-    """Return the rising sizes of the first step: to a quarter of the loader batch, which may not fit,
-    but not so small that a huge step becomes hundreds of micro-batches."""
+    """Return the rising sizes of the first step: to a quarter of the loader batch, which may not
+    fit, but not so small that a huge step becomes hundreds of micro-batches."""
     top = max(min(n, settings.base) // 4, n // 64, 1)
     return cutting.rising(n, min(top, settings.micro_most or top))
 
 
 def recut(state: State, n: int) -> tuple[int, ...]:
     """Return the cut of exactly `n` samples as things stand."""
-    settings = state.settings
-    if settings.accum is not None and n == state.batch and state.micro == pinned(settings, n):
-        return cutting.shares(n, settings.accum)
+    accum = state.settings.accum
+    if accum is not None and n == state.batch and state.micro == -(-n // accum):
+        return cutting.shares(n, accum)
     return cutting.split(n, state.micro, floor=state.sizes.floor)
 
 
@@ -111,7 +113,7 @@ def gain(state: State, n: int) -> float:
 
 
 def rebatch(state: State, after: int, step: int, what: str, reason: str) -> Changes:
-    """Change the global batch: ramp the learning rate, start the watch anew, size the micro-batch."""
+    """Change the global batch: ramp the learning rate, watch anew, size the micro-batch."""
     before = state.batch
     old_gain = gain(state, before)
     state.batch = after
@@ -121,7 +123,9 @@ def rebatch(state: State, after: int, step: int, what: str, reason: str) -> Chan
     state.ramp_left = 0
     if after > before:
         warmup = state.settings.warmup
-        state.ramp_total = warmup if isinstance(warmup, int) else growth.ramp_steps(old_gain, gain(state, after))
+        state.ramp_total = (
+            warmup if isinstance(warmup, int) else growth.ramp_steps(old_gain, gain(state, after))
+        )
         state.ramp_from, state.ramp_batch, state.ramp_left = old_gain, before, state.ramp_total
     state.factor_batch = 0
     was_whole = state.micro == before
@@ -137,19 +141,23 @@ def resize(state: State, step: int, *, same_limit: bool = True) -> Changes:
     """Size the micro-batch by what is known now; a pinned one gives way to memory only."""
     before, batch, sizes = state.micro, state.batch, state.sizes
     wanted = pinned(state.settings, batch)
-    if wanted is None:
-        after, why = microbatch.choose(sizes, batch)
-    elif sizes.failed is not None and min(wanted, batch) >= sizes.failed:
-        after, why = microbatch.below_failed(sizes, batch), f"{sizes.failed} ran out of memory"
-    else:
+    if wanted is not None and (sizes.failed is None or min(wanted, batch) < sizes.failed):
         after, why = wanted, "pinned"
+    else:
+        after, why = microbatch.choose(sizes, batch)
     changes: Changes = ()
     if after != before:
         state.sizes = microbatch.take(sizes, after, same_limit=same_limit)
         state.micro = after
         if state.sizes.floor > after and after < min(before, batch):
-            why += f"; below the loader's batch of {state.settings.base}, so batch statistics see less"
-        changes = (BatchChangeRecord(step, before, after, "micro", f"micro-batch {before} -> {after}: {why}"),)
+            why += (
+                f"; below the loader's batch of {state.settings.base}, so batch statistics see less"
+            )
+        changes = (
+            BatchChangeRecord(
+                step, before, after, "micro", f"micro-batch {before} -> {after}: {why}"
+            ),
+        )
     whole = StepPlan(recut(state, batch))
     if whole != state.whole:
         state.whole, state.seen, state.high_bytes = whole, 0, 0

@@ -8,17 +8,14 @@ timings are read ever more seldom, the loss is judged in blocks.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Any
 
-from ..records import BatchChangeRecord
 from . import batch as cutting
-from . import growth, microbatch
+from . import microbatch, observing
 from . import noise_scale as noise
 from . import state as states
 from .facts import Settings, StepFacts, StepPlan
-from .microbatch import Timing
+from .requests import apply
 from .state import Changes, State
 
 __all__ = [
@@ -38,11 +35,10 @@ __all__ = [
 ]
 
 PROBE_EVERY = 4  # steps, until the window of the noise scale is full
-PROBE_SELDOM = 8  # from then on; half as often again once the batch has stood still for SETTLED steps
-SETTLED = 200
-TIME_ALL = 8  # steps timed after a change of sizes; of later ones every TIME_EVERY-th
-TIME_EVERY = 16
-LOOK_EVERY = 64  # steps between two looks at the micro-batch, in the long run
+PROBE_SELDOM = 8  # steps from then on; twice that once the batch has long stood still
+SETTLED = 200  # steps
+PROBE_COST = 0.03  # most of the time that may go into cutting steps in two for a probe,
+PROBE_LEAST = 32  # but never more seldom than this
 
 init = states.init
 
@@ -63,14 +59,16 @@ def plan(state: State, remaining: int | None = None) -> tuple[StepPlan, State]:
 
 
 def recut(state: State, n: int) -> tuple[int, ...]:
-    """Return the cut of exactly `n` samples as things stand: for a step that ran out of memory, or was
-    planned before the micro-batch shrank. Where its largest size is one that failed already, nothing
-    smaller is left."""
+    """Return the cut of exactly `n` samples as things stand.
+
+    For a step that ran out of memory, or was planned before the micro-batch shrank. Where its
+    largest size is one that failed already, nothing smaller is left.
+    """
     return states.recut(state, n)
 
 
 def observe(state: State, facts: StepFacts) -> tuple[State, Changes]:
-    """Return the state after a step's facts, and what they changed; facts come in the order of steps."""
+    """Return the state after a step's facts, and what they changed; facts in the order of steps."""
     state.observed += 1
     if state.ramp_left and sum(facts.sizes) > state.ramp_batch:
         state.ramp_left -= 1
@@ -78,11 +76,11 @@ def observe(state: State, facts: StepFacts) -> tuple[State, Changes]:
     changes: Changes = ()
     peak = facts.peak_bytes
     if facts.pressure or (peak is not None and peak > state.high_bytes):
-        changes = _feel_memory(state, facts)
+        changes = observing.memory(state, facts)
     if state.sized or state.steered:
-        changes += _learn(state, facts)
+        changes += observing.speed(state, facts)
     if state.steered:
-        changes += _weigh(state, facts)
+        changes += observing.statistics(state, facts)
     return state, changes
 
 
@@ -113,136 +111,50 @@ def oom(state: State, size: int, step: int) -> tuple[State, Changes]:
     return state, states.resize(state, step)
 
 
-def apply(state: State, name: str, value: float | None, step: int) -> tuple[State, Changes]:
-    """Return the state after a person's request, and what it changed: nothing where it changes nothing.
-
-    Args:
-        name: a setting of the run's control, or "grow" or "shrink".
-        value: the setting; None gives it back: accum to auto, others to what the run began with.
-    Raises:
-        ValueError: no such request.
-    """
-    if name in ("grow", "shrink"):
-        return state, _move_by_hand(state, name, step)
-    field = "budget_bytes" if name == "memory" else name
-    if field not in ("accum", "budget_bytes", "stability_threshold", "growth_factor", "max_batch", "lr_multiplier"):
-        raise ValueError(f"there is no request {name!r}; wanted a setting of the control, grow or shrink")
-    before: Any = getattr(state.settings, field)
-    after: Any = value
-    if value is None:
-        after = None if name == "accum" else getattr(state.asked, field)
-    elif name == "memory":
-        after = None if state.settings.device_bytes is None else int(value * state.settings.device_bytes)
-    elif name in ("accum", "max_batch"):
-        after = int(min(value, 2**31))
-    if after == before:
-        return state, ()
-    state.settings = dataclasses.replace(state.settings, **{field: after})
-    changes = (BatchChangeRecord(step, before, after, "control", _control_clause(name, before, after)),)
-    return state, changes + _follow(state, name, step)
-
-
-def _control_clause(name: str, before: Any, after: Any) -> str:
-    if name == "memory":
-        before, after = (None if n is None else f"{n / 2**30:.3g} GiB" for n in (before, after))
-    before, after = ("auto" if value is None else value for value in (before, after))
-    return f"{name} set by hand: {before} -> {after}"
-
-
-def _follow(state: State, name: str, step: int) -> Changes:
-    """Bring the sizes in line with the settings after one of them was set by hand."""
-    settings = state.settings
-    state.steered = settings.steered
-    state.sized = settings.micro is None and settings.accum is None
-    state.factor_batch = 0
-    state.until_probe = min(state.until_probe, PROBE_EVERY)
-    if name == "memory":
-        state.sizes = microbatch.rebudget(state.sizes, settings.budget_bytes)
-    if name == "max_batch" and state.batch > settings.max_batch:
-        reason = f"shrank {state.batch} -> {settings.max_batch}: the largest batch set by hand"
-        return states.rebatch(state, settings.max_batch, step, "global", reason)
-    return states.resize(state, step) if name in ("accum", "memory") else ()
-
-
-def _move_by_hand(state: State, name: str, step: int) -> Changes:
-    settings, batch = state.settings, state.batch
-    if name == "grow":
-        after = growth.grown(batch, max(settings.growth_factor, 1.5), settings.max_batch) or batch
-    else:
-        after = max(batch // 2, min(2 if settings.batch_statistics else 1, batch))
-        state.cool_until = state.observed + growth.COOLDOWN
-    if after == batch:
-        return ()
-    return states.rebatch(state, after, step, "control", f"{name} asked for by hand: {batch} -> {after}")
-
-
 def _plan(state: State, remaining: int | None) -> StepPlan:
     """Return the plan of a step that is not simply the next full one."""
     if remaining is not None and remaining < 1:
-        raise ValueError(f"remaining={remaining} samples; wanted at least 1; begin the next epoch first")
+        raise ValueError(
+            f"remaining={remaining} samples; wanted at least 1; begin the next epoch first"
+        )
     settings = state.settings
     n = state.batch if remaining is None else min(state.batch, remaining)
     if settings.batch_statistics and settings.batch == "adaptive" and remaining == n + 1:
         n += -1 if n > 2 else 1  # never a last step of a single sample, whose statistics are none
-    first, state.started = not state.started, True
-    due = state.until_probe <= 0
-    if first or due:
-        state.until_probe = _until_probe(state)
-    else:
-        state.until_probe -= 1
-    if first and state.sized and not settings.batch_statistics:
-        return StepPlan(states.first_step(settings, n))
+    if not state.planned:
+        state.planned = True
+        state.until_probe = PROBE_EVERY - 1 if state.steered else math.inf
+        if state.sized and not settings.batch_statistics:
+            return StepPlan(states.first_step(settings, n))
     if n != state.batch:
         return StepPlan(states.recut(state, n))
-    if not due or first or not state.steered:
+    if state.until_probe > 0:
+        state.until_probe -= 1
         return state.whole
-    sizes = state.whole.sizes
-    if len(sizes) == 1 and n > 1 and state.sized and not settings.batch_statistics:
-        sizes = cutting.shares(n, 2)
-    return StepPlan(sizes, probe=True)
+    state.until_probe = _until_probe(state)
+    if not state.steered:
+        return state.whole
+    return StepPlan(_halves(state) or state.whole.sizes, probe=True)
 
 
 def _until_probe(state: State) -> float:
     """Return the steps from a probe to the next one."""
     if not state.steered:
         return math.inf
-    if len(state.noise.signal) < noise.WINDOW:
-        return PROBE_EVERY - 1
-    return PROBE_SELDOM * (2 if state.observed - state.changed_at > SETTLED else 1) - 1
+    probes = len(state.noise.signal)
+    steps = PROBE_EVERY if probes < noise.WINDOW else PROBE_SELDOM
+    if probes >= noise.WINDOW and state.observed - state.changed_at > SETTLED:
+        steps *= 2
+    halves = _halves(state)
+    if halves is not None and probes >= noise.WARMUP:
+        whole, cut = (observing.step_seconds(state, state.batch, sizes) for sizes in (None, halves))
+        extra = 0.0 if whole is None or cut is None else cut / whole - 1
+        steps = max(steps, min(math.ceil(extra / PROBE_COST), PROBE_LEAST))
+    return steps - 1
 
 
-def _feel_memory(state: State, facts: StepFacts) -> Changes:
-    """Take in a new highest peak or an allocator under pressure; shrink at once where it is too much."""
-    size = max(facts.sizes)
-    if facts.peak_bytes is not None:
-        state.high_bytes = max(state.high_bytes, facts.peak_bytes)
-        state.sizes = microbatch.update(state.sizes, size, None, facts.peak_bytes)
-    if facts.pressure and size > 1:
-        state.sizes = microbatch.failed(state.sizes, size)
-        return states.resize(state, facts.step)
-    budget = state.sizes.budget_bytes
-    over = budget is not None and facts.peak_bytes is not None and facts.peak_bytes > budget
-    return states.resize(state, facts.step) if over and state.stepped else ()
-
-
-def _learn(state: State, facts: StepFacts) -> Changes:
-    """Take in a step's times, less and less often, and look whether the micro-batch should change."""
-    ordinary = facts.sizes == state.whole.sizes
-    state.seen += ordinary
-    seen = state.seen
-    if ordinary and seen > TIME_ALL and seen % TIME_EVERY:
-        return ()
-    if facts.optimizer_seconds is not None:
-        state.optimizer = microbatch.timed(state.optimizer, facts.optimizer_seconds)
-    times = facts.micro_seconds or (None,) * len(facts.sizes)
-    peaks = facts.peaks or (None,) * len(facts.sizes)
-    for size, seconds, peak in _points(facts.sizes, times, peaks, every=not state.stepped):
-        state.sizes = microbatch.update(state.sizes, size, seconds, peak)
-    if not state.stepped:
-        state.stepped = not facts.skipped
-        if state.stepped:
-            state.sizes = microbatch.stepped(state.sizes)
-            state.high_bytes = 0
-        return ()
-    look = ordinary and (seen & (seen - 1) == 0 or seen % LOOK_EVERY == 0)
-    return states.resize(state, facts.step) if look and state.sized else ()
+def _halves(state: State) -> tuple[int, ...] | None:
+    """Return the sizes a step is cut into to measure the noise, None where it is not cut."""
+    if len(state.whole.sizes) > 1 or state.batch < 2 or not state.sized:
+        return None
+    return None if state.settings.batch_statistics else cutting.shares(state.batch, 2)

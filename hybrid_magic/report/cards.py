@@ -32,17 +32,18 @@ def cards(
         speed: samples per second now, None where not known yet.
     """
     buckets = trace.buckets
-    if not buckets:
-        return ""
-    frame = _Frame(buckets[0].step, buckets[-1].step)
-    each = (
-        _loss_card(frame, buckets),
-        _memory_card(frame, buckets, start),
-        _batch_card(frame, buckets, changes),
-        _time_card(frame, buckets, speed),
-    )
+    if buckets:
+        frame = _Frame(buckets[0].step, buckets[-1].step)
+        each = [
+            _loss_card(frame, buckets),
+            _memory_card(frame, buckets, start),
+            _batch_card(frame, buckets, changes),
+            _time_card(frame, buckets, speed),
+        ]
+    else:  # as high as they will be, so that nothing below moves when they come
+        each = [_card(title, "", "", ()) for title in ("Loss", "Memory", "Batch", "Step")]
     return (
-        '<div style="display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));'
+        '<div style="display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));'
         'gap:12px 20px;line-height:1.4">' + "".join(each) + "</div>"
     )
 
@@ -82,17 +83,18 @@ class _Frame:
 def _card(title: str, now: str, drawing: str, key: Sequence[tuple[str, str]]) -> str:
     name, number = escape(title), escape(now)
     names = "".join(
-        f'<span style="white-space:nowrap"><span style="color:{colour}">■</span> {said}</span>'
+        f'<span style="white-space:nowrap"><span style="color:{colour}">■</span> '
+        f'<span style="opacity:.8">{said}</span></span>'
         for colour, said in key
     )
     return (
         '<div style="min-width:0">'
-        '<div style="display:flex;justify-content:space-between;gap:8px;white-space:nowrap">'
+        '<div style="display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 8px">'
         f'<span style="opacity:.75">{name}</span><b>{number}</b></div>'
         f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" preserveAspectRatio="none" role="img" '
         f'aria-label="{name}: {number}" style="display:block;width:100%;height:64px;'
         f'border-bottom:1px solid {FAINT}">{drawing}</svg>'
-        '<div style="font-size:11px;opacity:.85;display:flex;flex-wrap:wrap;gap:0 8px">'
+        '<div style="font-size:11px;min-height:2.8em;align-content:start;display:flex;flex-wrap:wrap;gap:0 8px">'
         f"{names}</div></div>"
     )
 
@@ -179,7 +181,7 @@ def _staircase(points: Curve) -> list[tuple[float, float]]:
 def _time_card(frame: _Frame, buckets: Sequence[Bucket], speed: float | None) -> str:
     timed = [bucket for bucket in buckets if bucket.timed]
     if not timed:
-        return _card("Time per step", "no reading" if speed is None else q.rate(speed), "", ())
+        return _card("Step", "no reading" if speed is None else q.rate(speed), "", ())
     totals = [bucket.step_sum_s / bucket.timed for bucket in timed]
     high = 1.1 * sorted(totals)[int(0.97 * (len(totals) - 1))]
     floor = [(bucket.step, 0.0) for bucket in timed]

@@ -40,9 +40,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if len(run.history):
         rows.append(("batch", _batches(run)))
     if run.skipped_steps:
-        rows.append(
-            ("skipped", f"{q.count(run.skipped_steps)} steps whose gradient was not finite")
-        )
+        rows.append(("skipped", f"{q.count(run.skipped_steps)} of the steps: gradient not finite"))
     return rows
 
 
@@ -95,7 +93,7 @@ def html(run: Run) -> str:
     """Return the run as HTML tables; every name is escaped, no style sheet is needed."""
     left = 'style="text-align: left; vertical-align: top; color: inherit"'
     right = 'style="text-align: right; color: inherit"'
-    parts = [_open_table(f"Hybrid run: {run.outcome}")]
+    parts = [_open_table("Hybrid run")]
     parts += [
         f'<tr><th scope="row" {left}>{escape(name)}</th><td {left}>{escape(said)}</td></tr>'
         for name, said in facts(run)
