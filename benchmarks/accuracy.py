@@ -63,14 +63,12 @@ def load(path: pathlib.Path) -> dict[tuple[Any, ...], Row]:
 
 
 def write(path: pathlib.Path, row: Row) -> None:
-    """Append one line in one write, so that two programs may share the file."""
+    """Append one line in one write, so that two programs may share the file; never to a line that
+    was cut short."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = (json.dumps(row) + "\n").encode()
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(handle, line)
-    finally:
-        os.close(handle)
+    with open(path, "ab+", buffering=0) as file:
+        whole = file.tell() == 0 or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n"
+        file.write((("" if whole else "\n") + json.dumps(row) + "\n").encode())
 
 
 def summarise(rows: Sequence[Row]) -> list[Row]:

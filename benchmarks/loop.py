@@ -4,8 +4,8 @@
 
 An MLP with steps of a few hundred microseconds, without and with accumulation over four batches,
 and a small Transformer; ready batches (nothing but the loop is left to see) and a shuffled
-DataLoader over a TensorDataset, as any notebook has it. Our side keeps its default records and draws
-nothing. CPU time of all threads, by turns. Knows nothing of what is inside `hm.train`.
+DataLoader over a TensorDataset, as any notebook has it. Our side keeps its default records and
+draws nothing. CPU time of all threads, by turns. Knows nothing of what is inside `hm.train`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def measure_work(work: Work, steps: int, blocks: int) -> list[Row]:
         calls, reads = measure.count_calls, measure.count_host_reads
         raw = per_step(work, by_hand, reads)
         rows += [
-            row(work, "CPU ms once a run", 1e3 * once_s(work, blocks)),
+            row(work, "CPU ms of a run of one step", 1e3 * once_s(work, blocks)),
             row(
                 work,
                 "Python calls per step",
@@ -64,7 +64,6 @@ def time_loops(
 ) -> list[Row]:
     """Return the paired ratios of both loops, in CPU time and on the clock."""
     epochs = work.epochs(steps)
-    loops: dict[str, Loop] = {"by hand": by_hand, "ours": ours}
 
     def prepare(loop: Loop, **more: Any) -> Callable[[], Callable[[], Any]]:
         def fresh() -> Callable[[], Any]:
@@ -77,16 +76,16 @@ def time_loops(
         {"by hand": prepare(by_hand), "ours": prepare(ours, **options)}, blocks
     )
     taken = epochs * BATCHES / work.accumulate
-    each = {
-        name: 1e6 * statistics.median(timing.cpu_s for timing in timings[name]) / taken
-        for name in loops
-    }
+    by_hand_us, our_us = (
+        1e6 * statistics.median(timing.cpu_s for timing in timings[side]) / taken
+        for side in ("by hand", "ours")
+    )
     cpu = measure.ratio(timings["ours"], timings["by hand"])
     wall = measure.ratio(timings["ours"], timings["by hand"], "wall_s")
     return [
-        row(work, f"{name}CPU time, ratio", cpu, 1, goal),
-        row(work, f"{name}clock, ratio", wall, 1),
-        row(work, f"{name}CPU us per step", each["ours"], each["by hand"]),
+        row(work, f"{name}CPU time, ratio", cpu, goal=goal),
+        row(work, f"{name}clock, ratio", wall),
+        row(work, f"{name}CPU us per step", our_us, by_hand_us),
     ]
 
 
@@ -112,15 +111,14 @@ def per_step(work: Work, loop: Loop, count: Callable[[Callable[[], Any]], int]) 
 
 
 def once_s(work: Work, blocks: int) -> float:
-    """Return the CPU seconds that a run of ours costs once, whatever its length."""
+    """Return the CPU seconds of a run of one step: what a run of ours costs once, and a step."""
 
-    def run(epochs: int) -> Callable[[], Any]:
+    def fresh() -> Callable[[], Any]:
         parts = work.fresh()
-        return lambda: ours(*parts, work.accumulate, epochs)
+        return lambda: ours(*parts, work.accumulate, epochs=None, steps=1)
 
-    timings = measure.paired_blocks({"one": lambda: run(1), "two": lambda: run(2)}, blocks)
-    one, two = ([timing.cpu_s for timing in timings[name]] for name in ("one", "two"))
-    return statistics.median(2 * short - long for short, long in zip(one, two, strict=True))
+    timings = measure.paired_blocks({"one": fresh}, blocks)["one"]
+    return statistics.median(timing.cpu_s for timing in timings)
 
 
 def growth(work: Work, steps: int) -> Row:

@@ -100,7 +100,7 @@ def ours(
     loader: Any,
     optimizer: torch.optim.Optimizer,
     accumulate: int,
-    epochs: int,
+    epochs: int | None,
     **options: Any,
 ) -> hm.Run:
     """Train with `hm.train` so that the weights of `by_hand` must come out; `options` go on top."""

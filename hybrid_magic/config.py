@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import keyword
 import math
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,10 +29,10 @@ def _bad(wanted: str) -> ValueError:
 def _integer(least: int) -> Reader:
     def read(value: Any) -> int:
         try:
-            number = int(value) if isinstance(value, str) else value
-        except ValueError:
+            number = int(value) if isinstance(value, str) else operator.index(value)
+        except (TypeError, ValueError):
             number = None
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+        if isinstance(value, bool) or number is None or number < least:
             raise _bad(f"a whole number of at least {least}")
         return number
 
@@ -44,7 +46,7 @@ def _number(least: float, most: float = math.inf, *, above: bool = False) -> Rea
     def read(value: Any) -> float:
         try:
             number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if (
             not math.isfinite(number)
@@ -86,8 +88,9 @@ def _memory(value: Any) -> float | int:
             size = float(match[1])
         except ValueError:
             size = 0.0
-        if size > 0:
-            return int(size * (1024 if "i" in unit else 1000) ** power)
+        size *= (1024 if "i" in unit else 1000) ** power
+        if 1 <= size < math.inf:
+            return int(size)
     if isinstance(value, int) and not isinstance(value, bool) and value > 1:
         return value
     try:
@@ -97,11 +100,23 @@ def _memory(value: Any) -> float | int:
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    names = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
-    names = tuple(name.strip() for name in names if isinstance(name, str))
-    if not names or not all(name.isidentifier() for name in names):
+    given: Any = value.split(",") if isinstance(value, str) else value
+    if not isinstance(given, (list, tuple)) or not given:
+        raise _bad("names such as acc,ppl")
+    names = tuple(str(name).strip() for name in given)  # type: ignore[reportUnknownVariableType]
+    if not all(map(_is_name, names)):
         raise _bad("names such as acc,ppl")
     return names
+
+
+def _is_name(text: str) -> bool:
+    return text.isidentifier() and not keyword.iskeyword(text)
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not _is_name(value):
+        raise _bad("a name such as run")
+    return value
 
 
 def _text(value: Any) -> str:
@@ -235,7 +250,7 @@ class TrainConfig:
     processes: int = _option(
         1, _integer(1), "N", "data-parallel over N local processes (not built yet)"
     )
-    o: str | None = _option(None, _text, "NAME", "put the Run into NAME", flag="-o")
+    o: str | None = _option(None, _name, "NAME", "put the Run into NAME", flag="-o")
     plain: bool = _option(False, _flag, "", "text only, no widgets")
 
     def __post_init__(self) -> None:
@@ -255,12 +270,8 @@ class TrainConfig:
 
     def as_json(self) -> dict[str, Any]:
         """Return the options as plain JSON values, one key a field."""
-        return {
-            item.name: list(value)
-            if isinstance(value := getattr(self, item.name), tuple)
-            else value
-            for item in dataclasses.fields(self)
-        }
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {**values, "log": None if self.log is None else list(self.log)}
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> TrainConfig:

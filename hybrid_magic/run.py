@@ -6,6 +6,7 @@ which is imported only when asked for.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -29,8 +30,8 @@ class History(Sequence[StepRecord]):
     """The steps of a run, oldest first, thinned so that a million of them stay in bounded memory.
 
     At most `limit` records are held. When that is reached the older ones are halved: of every four
-    neighbours the two with the lowest and the highest loss stay, skipped steps before others, so that
-    spikes survive.
+    neighbours the two with the lowest and the highest loss stay, skipped steps before others, so
+    that spikes survive.
     """
 
     def __init__(self, limit: int = 4096) -> None:
@@ -159,6 +160,7 @@ class Run:
         head = {
             "kind": "run",
             "format": FORMAT,
+            "records": sum(1 for _ in self._records()),
             **self.summary(),
             "config": self.config,
             "environment": self.environment,
@@ -185,35 +187,32 @@ class Run:
         yield from self.changes
 
 
+_TOTALS = [
+    item.name
+    for item in dataclasses.fields(Run)
+    if item.name not in ("start", "history", "changes")
+]
+
+
 def load_run(path: str | os.PathLike[str]) -> Run:
     """Return the Run that `Run.save` wrote to `path`; needs no torch.
 
     Raises:
-        HybridMagicError: the file is not a saved run, or is cut short.
+        HybridMagicError: the file is not a saved run, is cut short, or is of another format.
     """
-    with open(path, encoding="utf-8") as file:
-        try:
+    try:
+        with open(path, encoding="utf-8") as file:
             head, *lines = (json.loads(line) for line in file if line.strip())
-        except ValueError:
-            head, lines = {}, []
-    if not isinstance(head, dict) or head.get("kind") != "run":
+        if (head["kind"], head["format"], head["records"]) != ("run", FORMAT, len(lines)):
+            raise ValueError("another file, or not all of it")
+        run = Run(**{name: head[name] for name in _TOTALS})
+        for line in lines:
+            record = records.from_json(line)
+            if record is not None:
+                run.add(record)
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise HybridMagicError(
-            f"{path} is not a saved run; wanted a file written by run.save(); check its path"
-        )
-    run = Run(config=head["config"], environment=head["environment"])
-    for name in ("outcome", "steps", "samples_seen", "seconds", "validation_seconds", "final_loss"):
-        setattr(run, name, head[name])
-    for name in (
-        "peak_allocated_bytes",
-        "peak_reserved_bytes",
-        "skipped_steps",
-        "error",
-        "metrics",
-        "notes",
-    ):
-        setattr(run, name, head[name])
-    for line in lines:
-        record = records.from_json(line)
-        if record is not None:
-            run.add(record)
+            f"{path} is damaged, or not a run that this version saved; wanted a whole file written "
+            "by run.save(); check its path, or save the run again"
+        ) from None
     return run

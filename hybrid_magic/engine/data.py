@@ -47,18 +47,23 @@ Planner = Callable[[int | None], Plan]
 
 @dataclass(slots=True)
 class StepData:
-    """The micro-batches of one step, on the host. `sizes` are the samples that each truly holds."""
+    """The micro-batches of one step, on the host. `sizes` are the samples that each truly holds.
+
+    `coming` is the first one on its way to the device, when its copy has begun already.
+    """
 
     batches: list[Any]
     sizes: list[int]
     probe: bool
+    coming: Any = None
 
 
 class Feed(Protocol):
     """Steps of data, an epoch at a time.
 
     `base` is the loader's batch, `samples` those of an epoch (None: unknown), `most` the largest
-    possible micro-batch (None: any), `once` says that there is no second epoch.
+    possible micro-batch (None: any), `once` says that there is no second epoch, `drawn_apart` that
+    reading on draws nothing from the random generators that the model shares.
     """
 
     base: int
@@ -66,6 +71,7 @@ class Feed(Protocol):
     most: int | None
     note: str | None
     once: bool
+    drawn_apart: bool
 
     def epoch(self, planner: Planner) -> Iterator[StepData]:
         """Yield the steps of one pass over the loader, each planned with the samples then left."""
@@ -111,8 +117,8 @@ def _standard(loader: DataLoader[Any]) -> bool:
 class _SizedFeed:
     """A map-style DataLoader, read through its own sampler at any size."""
 
-    most = None
-    note = None
+    most: int | None = None
+    note: str | None = None
     once = False
 
     def __init__(self, loader: DataLoader[Any], workers: int | None, pin: bool) -> None:
@@ -132,6 +138,7 @@ class _SizedFeed:
         workers = loader.num_workers if workers is None else workers
         self._tensors = _plain_tensors(loader) if workers == 0 else None
         self._workers = workers
+        self.drawn_apart = workers > 0 or self._tensors is not None
         self._loader = DataLoader(
             loader.dataset,
             batch_sampler=_Cut(self),
@@ -240,7 +247,9 @@ def _plain_tensors(loader: DataLoader[Any]) -> tuple[list[torch.Tensor], list[in
 class _SplitFeed:
     """Batches as the person's iterable yields them, cut where they can be."""
 
-    samples = None
+    samples: int | None = None
+    most: int | None
+    drawn_apart = False
 
     def __init__(self, loader: Any, name: str) -> None:
         self._loader, self._name = loader, name

@@ -29,7 +29,7 @@ def evaluate(state: StepState, loader: Any) -> dict[str, float]:
         with torch.no_grad():
             for batch in loader:
                 n = nested.count(batch) or 1
-                moved = batch if state.move is None else state.move(batch)
+                moved = batch if state.mover is None else state.mover(batch)
                 loss, logged = forward(state, moved)
                 weight = 1.0 if reduction.kind == "sum" else reduction.counts([batch], [n])[0]
                 share = n if reduction.kind == "sum" else weight

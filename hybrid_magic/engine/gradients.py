@@ -8,7 +8,7 @@ Source: McCandlish et al. 2018, arXiv:1812.06162, appendix A.1; Qiao et al. 2021
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,21 +16,21 @@ from torch import Tensor
 _SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
 
 
-def gradient_norms(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+def gradient_norms(grads: Sequence[Tensor]) -> list[Tensor]:
     """Return the L2 norm of each gradient, 0-dim; a sparse gradient counts by its values."""
     for grad in grads:
         if grad.is_sparse:
             grads = [each.coalesce().values() if each.is_sparse else each for each in grads]
             break
-    return torch._foreach_norm(grads, 2.0)
+    return list(torch._foreach_norm(list(grads), 2.0))
 
 
 def total_norm(grads: Sequence[Tensor]) -> Tensor:
     """Return the L2 norm of all gradients as one 0-dim tensor."""
-    return torch.linalg.vector_norm(torch.stack(list(gradient_norms(grads))))
+    return torch.linalg.vector_norm(torch.stack(gradient_norms(grads)))
 
 
-def family(optimizer: torch.optim.Optimizer) -> str:
+def family(optimizer: torch.optim.Optimizer) -> Literal["sgd", "adam"]:
     """Return "adam" for optimizers that divide by the root of a second moment, else "sgd"."""
     defaults = optimizer.defaults
     return (

@@ -87,9 +87,9 @@ def rows(batch: Any, start: int, stop: int) -> Any:
 
 
 def _rows(tree: Any, n: int | None, start: int, stop: int) -> Any:
-    if isinstance(tree, (list, tuple)) and not hasattr(tree, "_fields") and len(tree) == n:
-        if not any(_has_rows(leaf) for leaf in leaves(tree)):
-            return tree[start:stop]  # one plain value a sample: strings, ids
+    plain = isinstance(tree, (list, tuple)) and not hasattr(tree, "_fields")
+    if plain and len(tree) == n and not any(map(_has_rows, leaves(tree))):
+        return tree[start:stop]  # one plain value a sample: strings, ids
     if isinstance(tree, list):
         return [_rows(item, n, start, stop) for item in tree]
     if isinstance(tree, tuple):
@@ -102,7 +102,7 @@ def _rows(tree: Any, n: int | None, start: int, stop: int) -> Any:
         return clone
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         clone = copy.copy(tree)
-        for item in dataclasses.fields(tree):
+        for item in dataclasses.fields(clone):
             object.__setattr__(clone, item.name, _rows(getattr(tree, item.name), n, start, stop))
         return clone
     return tree[start:stop] if _has_rows(tree) else tree

@@ -23,7 +23,7 @@ from .precision import Precision
 @contextlib.contextmanager
 def prepared(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Any,
     criterion: Any,
     device: torch.device,
 ) -> Iterator[None]:

@@ -85,9 +85,17 @@ class TrainState:
         """Whether this step's micro-batches are the first points of the memory line."""
         return self.step == 0 and len(data.sizes) > 1
 
-    def learn(self, points: Sequence[tuple[int, float, int | None]]) -> None:
-        """Tell the policy of passes (samples, seconds, peak bytes) that trained nothing."""
-        self._steering = steering.rehearsed(self._steering, points)
+    def learn(
+        self, points: Sequence[tuple[int, float, int | None]], size: int
+    ) -> tuple[int, ...]:
+        """Tell the policy of passes (samples, seconds, peak bytes) that trained nothing.
+
+        Returns the cut that it then makes of the first step's `size` samples.
+        """
+        self._steering, changes = steering.rehearsed(self._steering, points)
+        for change in changes:
+            self.emit(change)
+        return steering.recut(self._steering, size)
 
     # -- what a step gave --
 
@@ -158,7 +166,8 @@ class TrainState:
         self.emit(
             StepRecord(
                 step, samples, loss, norm, result.lr, size, max(sizes), len(sizes), skipped, 0,
-                waited, forward, backward, optimizer, seconds, allocated, reserved, self._noise_scale,
+                waited, forward, backward, optimizer, seconds, allocated, reserved,
+                self._noise_scale,
                 dict(zip(result.names, logged, strict=True)) if result.names else None,
             )
         )  # fmt: skip

@@ -42,7 +42,7 @@ def _pass_seconds(state: StepState, batch: Any) -> float:
     """Return the seconds of one forward and backward pass on a host batch."""
     state.device.synchronize()
     start = state.device.mark()
-    loss, _ = forward(state, batch if state.move is None else state.move(batch))
+    loss, _ = forward(state, batch if state.mover is None else state.mover(batch))
     check_loss(loss)
     loss.backward()
     seconds = state.device.seconds(start, state.device.mark())

@@ -5,6 +5,7 @@ Everything inferred here is said in a note. Trains nothing.
 
 from __future__ import annotations
 
+import itertools
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,8 +20,9 @@ from . import rehearse
 from .data import StepData
 from .device import DeviceProbe
 from .gradients import NoiseProbe, family
-from .nested import count, to_device
+from .nested import count, rows
 from .precision import Precision
+from .prefetch import mover_for
 from .prepare import fast_formats
 from .progress import TrainState
 from .schedule import ScheduleClock
@@ -45,6 +47,7 @@ def settings_for(
 ) -> steering.Settings:
     """Return what the policy may do in this run."""
     feed = task.feed
+    checked: Any = config  # its values were checked when it was made
     if feed.most is not None and isinstance(config.micro, int) and config.micro > feed.most:
         raise ConfigError(
             f"--micro {config.micro} is above {feed.most}, the batch that "
@@ -53,8 +56,8 @@ def settings_for(
         )
     return steering.Settings(
         base=feed.base,
-        batch=config.batch,
-        policy=config.policy,
+        batch=checked.batch,
+        policy=checked.policy,
         max_batch=config.max_batch or GROWTH * feed.base,
         efficiency=config.efficiency,
         accum=None if config.accum == "auto" else int(config.accum),
@@ -63,8 +66,8 @@ def settings_for(
         budget_bytes=probe.budget_bytes(config.memory),
         batch_statistics=has_batch_statistics(task.model),
         family=family(optimizer),
-        lr_scale=config.lr_scale,
-        warmup=config.warmup,
+        lr_scale=checked.lr_scale,
+        warmup=checked.warmup,
         sum_reduction=config.reduction == "sum",
     )
 
@@ -101,11 +104,11 @@ def open_state(
         asked_reduction=config.reduction,
         clip=config.clip,
         batch_statistics=has_batch_statistics(task.model),
-        move=_mover(probe, channels_last=False),
+        mover=mover_for(probe.device),
     )
     ready.precision, reason = _choose_precision(ready, config, first)
     if stack.enter_context(fast_formats(task.model, ready.precision, probe.device)):
-        ready.move = _mover(probe, channels_last=True)
+        ready.mover = mover_for(probe.device, channels_last=True)
     ready.skip_on_device = probe.late and all(
         group.get("fused") for group in optimizer.param_groups
     )
@@ -122,12 +125,6 @@ def open_state(
         state.emit(BatchChangeRecord(0, "auto", ready.precision.name, "precision", reason))
     _measure_sizes(ready, state, first)
     return ready
-
-
-def _mover(probe: DeviceProbe, *, channels_last: bool) -> Any:
-    if probe.device.type == "cpu":
-        return None
-    return lambda batch: to_device(batch, probe.device, channels_last=channels_last)
 
 
 def _choose_precision(
@@ -160,7 +157,10 @@ def _measure_sizes(ready: StepState, state: TrainState, first: StepData) -> None
     if count(batch) != size or size < 16:
         return
     sizes = (max(2, size // 8), size // 4, size // 2)
-    state.learn(rehearse.measure_sizes(ready, batch, sizes))
+    cut = state.learn(rehearse.measure_sizes(ready, batch, sizes), size)
+    ends = list(itertools.accumulate(cut))
+    first.batches = [rows(batch, end - n, end) for n, end in zip(cut, ends, strict=True)]
+    first.sizes = list(cut)
 
 
 def _start(

@@ -21,6 +21,7 @@ from .data import StepData
 from .device import DeviceProbe
 from .gradients import NoiseProbe, gradient_norms
 from .precision import Precision
+from .prefetch import Mover
 from .reduction import LossWatch, Reduction
 
 Compute = Callable[[Any, Any], Any]  # (model, batch) -> loss, or (loss, {"name": value})
@@ -40,7 +41,7 @@ class StepState:
     asked_reduction: str
     clip: float | None
     batch_statistics: bool
-    move: Callable[[Any], Any] | None  # host batch -> device batch; None: it is there already
+    mover: Mover | None  # host batch -> device batch; None: it is there already
     steps: int = 0
     reduction: Reduction | None = None
     skip_on_device: bool = False
@@ -92,11 +93,18 @@ def train_step(
     total: Tensor | None = None
     logged: dict[str, Tensor] = {}
     peaks: list[int | None] | None = [] if measure_peaks else None
+    coming = data.coming
+    if state.mover is not None and coming is None:
+        coming = state.mover.send(data.batches[0])
     for number, batch in enumerate(data.batches):
         if peaks is not None:
             state.device.reset_peak()
         marks.append(mark())
-        moved = batch if state.move is None else state.move(batch)
+        moved = batch
+        if state.mover is not None:
+            moved = state.mover.receive(coming)
+            if number + 1 < len(data.batches):
+                coming = state.mover.send(data.batches[number + 1])
         if weights is None:
             loss, extra = _watched_forward(state, data, moved, number)
             weights = reduction.weights(state.reduction, data.batches, data.sizes)  # type: ignore[arg-type]

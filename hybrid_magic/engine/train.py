@@ -22,6 +22,7 @@ from ..run import Run
 from .control import RunControl
 from .data import StepData
 from .device import choose_device, probe_for
+from .prefetch import one_step_ahead
 from .prepare import Interrupts, RandomState, prepared, seed_everything
 from .progress import TrainState, environment
 from .setup import make_optimizer, open_state, settings_for
@@ -127,8 +128,11 @@ def _first_step(task: Task, state: TrainState) -> tuple[Iterator[StepData], Step
 
 def _loop(task: Task, state: TrainState, stream: Iterator[StepData]) -> None:
     """Train epoch after epoch until an end is reached."""
+    mover = state.step_state.mover if task.feed.drawn_apart else None
     for epoch in itertools.count():
         state.begin_epoch(epoch)
+        if mover is not None:
+            stream = one_step_ahead(stream, mover)
         while True:
             start = time.perf_counter()
             data = next(stream, None)

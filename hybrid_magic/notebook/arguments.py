@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +61,7 @@ def read(line: str) -> Line:
             found.options[item.name] = True
         elif equals:
             found.options[item.name] = value
-        elif words and not words[0].startswith("--"):
+        elif words and not words[0].startswith("--") and words[0] not in OPTIONS:
             found.options[item.name] = words.pop(0)
         else:
             raise ConfigError(f"{flag} has no value; wanted {flag} {item.metadata['metavar']}")
@@ -88,12 +89,11 @@ def help_text(magic: str) -> str:
         f"%%{magic} [MODEL] [LOADER] [options]",
         "",
         "Train the model that the notebook holds as a hybrid of mixed precision, gradient",
-        "accumulation and adaptive batch scaling. The cell is the forward pass of one step: "
-        "`batch`",
-        "is what the loader yields, on the device; leave the loss in `loss`. An empty cell, or the",
-        f"line magic %{magic}, infers the step. MODEL and LOADER are names; left out, the one "
-        "model",
-        "and the one DataLoader of the notebook are taken (of several loaders, train*).",
+        "accumulation and adaptive batch scaling. The cell is the forward pass of one step:",
+        "`batch` is what the loader yields, on the device; leave the loss in `loss`. An empty",
+        f"cell, or the line magic %{magic}, infers the step. MODEL and LOADER are names; left",
+        "out, the one model and the one DataLoader of the notebook are taken (of several",
+        "loaders, train*).",
         "",
         "Options:",
     ]
@@ -104,10 +104,9 @@ def help_text(magic: str) -> str:
     return "\n".join(lines)
 
 
-def complete(text: str, namespace: dict[str, Any]) -> list[str]:
+def complete(text: str, namespace: Mapping[str, Any]) -> list[str]:
     """Return completions of the last word of a magic's line: options, their choices, or names."""
-    words = text.split(" ")
-    last, before = words[-1], words[-2] if len(words) > 1 else ""
+    before, last = ["", *text.replace("=", " ").split(" ")][-2:]
     if last.startswith("-"):
         return [flag for flag in OPTIONS if flag.startswith(last)]
     item = OPTIONS.get(before)

@@ -44,13 +44,9 @@ def capture(line: Line, namespace: Mapping[str, Any], *, bare: bool) -> Captured
     Raises:
         HybridMagicError: a name that does not exist, no candidate, or several.
     """
-    if (
-        line.model in namespace
-        and line.loader is None
-        and not isinstance(namespace[line.model], nn.Module)
-    ):
-        if isinstance(namespace[line.model], DataLoader):  # %hybrid_train loader
-            line = Line(None, line.model, line.options)
+    first = namespace.get(line.model or "")
+    if line.loader is None and isinstance(first, DataLoader):  # %hybrid_train loader
+        line = Line(None, line.model, line.options)
     options, names, said = line.options, {}, []
 
     def named(role: str, name: str) -> Any:

@@ -8,7 +8,7 @@ compiled under the cell's own name with the person's own line numbers, so that t
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..engine.step import Compute
@@ -18,6 +18,7 @@ _FUNCTION = "step"
 _MODEL = "_hybrid_model"  # a name that no notebook has: the person's own `model` stays theirs
 _FIRST_LINE = 2  # the magic's line is the first of the cell
 _INDENT = "    "
+_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 
 
 def make_step(shell: Any, cell: str, log: Sequence[str], line: str) -> Compute | None:
@@ -34,32 +35,31 @@ def make_step(shell: Any, cell: str, log: Sequence[str], line: str) -> Compute |
     """
     text = shell.transform_cell(cell)
     shown = "\n".join([_head(line), *(_INDENT + row for row in text.splitlines()), ""])
-    name = shell.compile.cache(
-        shown, shell.execution_count, raw_code=f"%%hybrid_train {line}\n{cell}"
-    )
-    tree = _parse(text, name)
+    number = len(shell.history_manager.input_hist_parsed) - 1  # of the cell that is running
+    filename = shell.compile.cache(shown, number, raw_code=f"%%hybrid_train {line}\n{cell}")
+    tree = _parse(text, filename)
     if not tree.body:
         return None
     _refuse_loop(tree)
     _refuse_accumulators(tree)
+    assigned = _assigned(tree)
     last = tree.body[-1]
-    if not _assigns(tree, "loss"):
+    if "loss" not in assigned:
         if not isinstance(last, ast.Expr):
             raise HybridMagicError(
-                f"line {last.lineno + _FIRST_LINE - 1}: the cell leaves no loss; wanted `loss = "
-                "...`, or the loss as its "
+                f"{_line_of(last)}: the cell leaves no loss; wanted `loss = ...`, or the loss as its "
                 "last expression; assign it"
             )
         tree.body[-1] = ast.copy_location(
             ast.Assign([ast.Name("loss", ast.Store())], last.value), last
         )
     for name in log:
-        if not _assigns(tree, name):
+        if name not in assigned | {"loss"}:
             raise HybridMagicError(
                 f"--log {name}: the cell assigns no {name}; wanted a name it assigns; check its "
                 "spelling"
             )
-    return _compile(tree, log, name, shell.user_ns)
+    return _compile(tree, log, filename, shell.user_ns)
 
 
 def _refuse_loop(tree: ast.Module) -> None:
@@ -70,41 +70,74 @@ def _refuse_loop(tree: ast.Module) -> None:
             and node.func.attr == "backward"
         ):
             raise HybridMagicError(
-                f"line {node.lineno + _FIRST_LINE - 1}: {ast.unparse(node)} makes this a "
-                "training loop, which this version "
-                "does not take over yet; wanted the forward pass of one step; keep the lines "
-                "that compute "
-                "loss from batch, and name epochs with --epochs"
+                f"{_line_of(node)}: {ast.unparse(node)} makes this a training loop, which this "
+                "version does not take over yet; wanted the forward pass of one step; keep the "
+                "lines that compute loss from batch, and name epochs with --epochs"
             )
 
 
 def _refuse_accumulators(tree: ast.Module) -> None:
-    """Refuse `running += loss.item()` of a notebook name: a step is a function, and its names "
-    "its own."""
-    known: set[str] = {"batch"}
-    for statement in tree.body:
-        if isinstance(statement, ast.AugAssign) and isinstance(statement.target, ast.Name):
-            name = statement.target.id
-            if name not in known:
+    """Refuse `running += loss.item()` of a notebook name: the step's names are the step's own."""
+    known = {"batch"}
+    for node in _own_scope(tree):
+        known |= _binds(node)
+        if isinstance(node, (ast.AugAssign, ast.Assign)):
+            for name in _assigned(node) & _read(node) - known:
                 raise HybridMagicError(
-                    f"line {statement.lineno + _FIRST_LINE - 1}: {name} is added to but belongs "
-                    "to the notebook, and a step's "
-                    "names are its own; wanted a number of this step; assign it and record it "
-                    "with --log"
+                    f"{_line_of(node)}: {name} is changed but belongs to the notebook, and a step's "
+                    "names are its own; wanted a number of this step; assign it and record it with "
+                    "--log"
                 )
-        known |= _assigned(statement)
+
+
+def _own_scope(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield what runs in the step's own scope, in the order of the text: no body of a function,
+    no variable of a comprehension.
+    """
+    yield node
+    if isinstance(node, _SCOPES):
+        return
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(node, ast.comprehension) and child is node.target):
+            yield from _own_scope(child)
 
 
 def _assigned(node: ast.AST) -> set[str]:
-    return {
-        inner.id
-        for inner in ast.walk(node)
-        if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store)
+    """Return the names that `node` and what is in it give a value in the step's own scope."""
+    return set().union(*map(_binds, _own_scope(node)))
+
+
+def _binds(node: ast.AST) -> set[str]:
+    match node:
+        case ast.Name(id=name, ctx=ast.Store()):
+            return {name}
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            return {name}
+        case ast.alias(name=name, asname=other):
+            return {other or name.partition(".")[0]}
+        case ast.ExceptHandler(name=str(name)) | ast.MatchAs(name=str(name)):
+            return {name}
+        case ast.Global(names=names):
+            return set(names)
+    return set()
+
+
+def _read(node: ast.AugAssign | ast.Assign) -> set[str]:
+    """Return the names that an assignment reads before it assigns."""
+    if isinstance(node, ast.AugAssign):
+        return _assigned(node.target)
+    local = {
+        name
+        for inner in ast.walk(node.value)
+        if isinstance(inner, ast.comprehension)
+        for name in _assigned(inner.target)
     }
+    names = (inner for inner in _own_scope(node.value) if isinstance(inner, ast.Name))
+    return {name.id for name in names if isinstance(name.ctx, ast.Load)} - local
 
 
-def _assigns(tree: ast.Module, name: str) -> bool:
-    return any(name in _assigned(statement) for statement in tree.body)
+def _line_of(node: ast.stmt | ast.expr) -> str:
+    return f"line {node.lineno + _FIRST_LINE - 1}"
 
 
 def _head(line: str) -> str:

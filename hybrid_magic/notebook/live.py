@@ -65,8 +65,8 @@ class View:
         if self._kernel is not None and not self._plain:
             try:
                 self._open_panel(self._scene, now)
-            except Exception as error:  # noqa: BLE001 - see _panel_failed
-                self._panel_failed(error)
+            except Exception as error:  # noqa: BLE001 - see _failed
+                self._failed(error)
         else:
             self._open_text()
         self._due = now
@@ -103,8 +103,8 @@ class View:
                 now >= self._due or len(self._pending) >= _MOST_PENDING
             ):
                 self._look(self._scene, now)
-        except Exception as error:  # noqa: BLE001 - see _panel_failed
-            self._panel_failed(error)
+        except Exception as error:  # noqa: BLE001 - see _failed
+            self._failed(error)
         finally:
             self.cost_s += time.perf_counter() - began
 
@@ -141,20 +141,23 @@ class View:
         elif now >= self._patience_ends:
             self._open_text()
 
-    def _panel_failed(self, error: Exception) -> None:
-        """Go on as text: a picture of the training must never end the training."""
+    def _failed(self, error: Exception) -> None:
+        """Go on as text, or unseen: a picture of the training must never end the training."""
         panel, self._panel = self._panel, None
-        self._pump_due = float("inf")
+        shown, self._text = self._text, None
+        self._pump_due = self._due = float("inf")
+        how = "unseen" if shown is not None else "as text"
         self._say(
-            f"the live view stopped ({type(error).__name__}: {error}); training goes on, as text"
+            f"the live view stopped ({type(error).__name__}: {error}); training goes on, {how}"
         )
         try:
             if panel is not None:
                 panel.close()
-            self._open_text()
-            self._due = time.monotonic() + SOONEST_S
-        except Exception:  # noqa: BLE001 - text failed too: go on in silence
-            self._due = float("inf")
+            if shown is None:
+                self._open_text()
+                self._due = time.monotonic() + SOONEST_S
+        except Exception:  # noqa: BLE001 - text failed too: go on unseen
+            self._text = None
 
     @staticmethod
     def _say(words: str) -> None:

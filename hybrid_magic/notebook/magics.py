@@ -18,6 +18,7 @@ from ..errors import HybridMagicError
 from . import arguments
 
 MAGICS = ("hybrid_train",)
+_ENDED = "the run ended at a whole step; hm.last_run holds it"
 _PACKAGE = str(pathlib.Path(__file__).parent.parent)
 
 
@@ -42,7 +43,9 @@ def register(shell: Any) -> None:
     shell.register_magic_function(hybrid_train, "line_cell")
 
     def complete(_: Any, event: Any) -> list[str]:
-        return arguments.complete(event.line.split("hybrid_train", 1)[-1], shell.user_ns)
+        return arguments.complete(
+            event.text_until_cursor.split("hybrid_train", 1)[-1], shell.user_ns
+        )
 
     for name in MAGICS:
         shell.set_hook("complete_command", complete, str_key="%" + name)
@@ -66,7 +69,7 @@ def train(shell: Any, line: str, cell: str | None) -> None:
         )
     before = runs.last_run
     view = live.open_view(plain=config.plain)
-    interrupted: Interrupted | None = None
+    interrupted = False
     mistake: str | None = None
     try:
         run_training(
@@ -84,12 +87,11 @@ def train(shell: Any, line: str, cell: str | None) -> None:
             **{name: value for name, value in read.options.items() if name not in capture.ROLES},
         )
     except KeyboardInterrupt:
-        interrupted = Interrupted("the run ended at a whole step; hm.last_run holds it")
+        interrupted = True
     except HybridMagicError as error:
         mistake = str(error)
     except Exception as error:
-        error.__traceback__ = _theirs(error.__traceback__)
-        raise
+        raise error.with_traceback(_theirs(error.__traceback__))
     finally:
         run = runs.last_run if runs.last_run is not before else None
         view.close(run)
@@ -97,8 +99,8 @@ def train(shell: Any, line: str, cell: str | None) -> None:
             shell.user_ns[config.o] = run
     if mistake is not None:
         raise UsageError(mistake)
-    if interrupted is not None:
-        raise interrupted
+    if interrupted:
+        raise Interrupted(_ENDED if run is not None else "nothing had been trained")
 
 
 def _or_one_line(work: Callable[[], Any]) -> Any:

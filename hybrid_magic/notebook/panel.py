@@ -94,8 +94,7 @@ class Panel:
             control.ask("stop")
 
         def button(name: str, icon: str, tip: str, act: Callable[[Any], None]) -> W.Button:
-            made = W.Button(description=name, icon=icon, tooltip=tip)
-            made.layout.width = "118px"
+            made = W.Button(description=name, icon=icon, tooltip=tip, layout={"width": "118px"})
             made.on_click(act)
             return made
 
@@ -123,57 +122,67 @@ class Panel:
         if start.memory_budget_bytes and start.device_bytes:
             ceiling = min(1.0, max(0.05, round(start.memory_budget_bytes / start.device_bytes, 2)))
         sizes = [(q.count(base * times), base * times) for times in (1, 2, 4, 8, 16, 32, 64)]
+        accum = [("auto", _GIVEN_BACK), *((str(count), count) for count in _COUNTS)]
+        largest = [("as set", _GIVEN_BACK), *sizes]
         return [
             self._setting(
+                W.Dropdown,
                 "accum",
-                W.Dropdown(options=[("auto", _GIVEN_BACK), *((str(k), k) for k in _COUNTS)]),
                 "Accumulation",
                 "Micro-batches in a step: auto lets the memory decide, a number pins them",
+                options=accum,
             ),
             self._setting(
+                W.Dropdown,
                 "max_batch",
-                W.Dropdown(options=[("as set", _GIVEN_BACK), *sizes]),
                 "Largest batch",
                 "The most that the global batch may grow to",
+                options=largest,
             ),
             self._setting(
+                W.FloatSlider,
                 "memory",
-                W.FloatSlider(min=0.05, max=1.0, step=0.01, value=ceiling, readout_format=".2f"),
                 "Memory mark",
                 "High-water mark: the fraction of the device's memory that may be used",
+                **_slider(0.05, 1.0, 0.01, ceiling, ".2f"),
             ),
             self._setting(
+                W.FloatLogSlider,
                 "lr_multiplier",
-                W.FloatLogSlider(min=-2, max=1, step=0.05, value=1.0, readout_format=".3g"),
                 f"Learning rate {q.TIMES}",
                 "Multiplies the learning rate from the next step on",
+                **_slider(-2, 1, 0.05, 1.0, ".3g"),
             ),
             self._setting(
+                W.FloatSlider,
                 "growth_factor",
-                W.FloatSlider(min=1.0, max=4.0, step=0.05, value=1.5, readout_format=".2f"),
                 "Growth factor",
                 "The most that the global batch grows by at once",
+                **_slider(1.0, 4.0, 0.05, 1.5, ".2f"),
             ),
             self._setting(
+                W.FloatLogSlider,
                 "stability_threshold",
-                W.FloatLogSlider(min=-3, max=1, step=0.1, value=0.1, readout_format=".3g"),
                 "Stable below",
                 "The relative spread of the loss under which it counts as stable",
+                **_slider(-3, 1, 0.1, 0.1, ".3g"),
             ),
         ]
 
-    def _setting(self, name: str, widget: Any, label: str, tip: str) -> Any:
+    def _setting(self, kind: type, name: str, label: str, tip: str, **traits: Any) -> Any:
         def changed(change: dict[str, Any]) -> None:
             self._control.set(name, change["new"] or None)
 
-        widget.description = label
-        widget.style.description_width = "104px"
-        widget.layout.width = "auto"
-        setattr(widget, _TOOLTIP, tip)
-        if hasattr(widget, "continuous_update"):
-            widget.continuous_update = False  # one request a drag, as each becomes a record
+        looks = {"style": {"description_width": "104px"}, "layout": {"width": "auto"}}
+        widget = kind(description=label, **looks, **{_TOOLTIP: tip}, **traits)
         widget.observe(changed, "value")
         return widget
+
+
+def _slider(least: float, most: float, step: float, value: float, form: str) -> dict[str, Any]:
+    """Return a slider's traits; it asks once a drag, as each request becomes a record."""
+    ends = {"min": least, "max": most, "step": step, "value": value}
+    return {**ends, "readout_format": form, "continuous_update": False}
 
 
 def _live_html(scene: Scene, now: float) -> str:
@@ -188,7 +197,7 @@ def _live_html(scene: Scene, now: float) -> str:
         f'aria-label="Progress {part}" style="height:6px;border-radius:3px;margin:4px 0 10px;'
         'background:rgba(128,128,128,.25)"><div style="height:6px;border-radius:3px;'
         f'width:{done:.1f}%;background:{BLUE}"></div></div>'
-        + cards(scene.trace, scene.start, scene.changes, scene.samples_per_second())
+        + cards(scene.trace, scene.start, scene.changes)
         + "</div>"
     )
 

@@ -107,7 +107,7 @@ class Scene:
         )
 
     def progress(self, now: float) -> str:
-        """Return where the run is: epoch 2 of 3, step 340, 12 s so far, about 20 s to go."""
+        """Return where the run is: epoch 2 of 3, step 340, 1,300 samples/s, 12 s so far, ..."""
         parts = []
         per_epoch = self.start.samples_per_epoch
         if self.last is not None:
@@ -118,6 +118,9 @@ class Scene:
                     f"epoch {min(epoch, epochs)} of {epochs}" if epochs else f"epoch {epoch}"
                 )
             parts.append(f"step {q.count(self.last.step)}")
+        speed = self.samples_per_second()
+        if speed is not None:
+            parts.append(q.rate(speed))
         parts.append(f"{_calm(self.elapsed_s(now))} so far")
         left = None if self.paused else self.remaining_s()
         if left is not None:

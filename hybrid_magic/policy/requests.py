@@ -41,31 +41,29 @@ def apply(state: State, name: str, value: float | None, step: int) -> tuple[Stat
         )
     field = _FIELDS[name]
     before: Any = getattr(state.settings, field)
-    after: Any = value
-    if value is None:
-        after = None if name == "accum" else getattr(state.asked, field)
-    elif name == "memory":
-        after = (
-            None
-            if state.settings.device_bytes is None
-            else int(value * state.settings.device_bytes)
-        )
-    elif name in ("accum", "max_batch"):
-        after = int(min(value, 2**31))
+    after = _read(state, name, value)
     if after == before:
         return state, ()
     state.settings = dataclasses.replace(state.settings, **{field: after})
-    changes = (
-        BatchChangeRecord(step, before, after, "control", _control_clause(name, before, after)),
-    )
-    return state, changes + _follow(state, name, step)
+    old, new = ("auto" if found is None else found for found in (before, after))
+    reason = f"{name} set by hand: {_shown(name, old)} -> {_shown(name, new)}"
+    change = BatchChangeRecord(step, old, new, "control", reason)
+    return state, (change, *_follow(state, name, step))
 
 
-def _control_clause(name: str, before: Any, after: Any) -> str:
+def _read(state: State, name: str, value: float | None) -> Any:
+    """Return the value that the setting takes; a memory mark needs a device whose size is known."""
+    if name == "memory" and state.settings.device_bytes is None:
+        return state.settings.budget_bytes
+    if value is None:
+        return None if name == "accum" else getattr(state.asked, _FIELDS[name])
     if name == "memory":
-        before, after = (None if n is None else f"{n / 2**30:.3g} GiB" for n in (before, after))
-    before, after = ("auto" if value is None else value for value in (before, after))
-    return f"{name} set by hand: {before} -> {after}"
+        return int(value * (state.settings.device_bytes or 0))
+    return int(min(value, 2**31)) if name in ("accum", "max_batch") else value
+
+
+def _shown(name: str, value: Any) -> str:
+    return f"{value / 2**30:.3g} GiB" if name == "memory" and value != "auto" else f"{value}"
 
 
 def _follow(state: State, name: str, step: int) -> Changes:

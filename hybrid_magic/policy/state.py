@@ -88,8 +88,8 @@ def pinned(settings: Settings, batch: int) -> int | None:
 
 def first_step(settings: Settings, n: int) -> tuple[int, ...]:
     """Return the rising sizes of the first step: to a quarter of the loader batch, which may not
-    fit, but not so small that a huge step becomes hundreds of micro-batches."""
-    top = max(min(n, settings.base) // 4, n // 64, 1)
+    fit, or up to all of it where a huge step would become hundreds of micro-batches."""
+    top = max(min(n, settings.base) // 4, min(n // 64, settings.base), 1)
     return cutting.rising(n, min(top, settings.micro_most or top))
 
 

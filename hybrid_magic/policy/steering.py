@@ -9,6 +9,7 @@ timings are read ever more seldom, the loss is judged in blocks.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from . import batch as cutting
 from . import microbatch, observing
@@ -32,6 +33,7 @@ __all__ = [
     "oom",
     "plan",
     "recut",
+    "rehearsed",
 ]
 
 PROBE_EVERY = 4  # steps, until the window of the noise scale is full
@@ -65,6 +67,19 @@ def recut(state: State, n: int) -> tuple[int, ...]:
     largest size is one that failed already, nothing smaller is left.
     """
     return states.recut(state, n)
+
+
+def rehearsed(
+    state: State, points: Iterable[tuple[int, float | None, int | None]]
+) -> tuple[State, Changes]:
+    """Return the state after passes that trained nothing, before the first step, and its changes.
+
+    Args:
+        points: samples, seconds of forward and backward, peak bytes, in the order they ran.
+    """
+    for size, seconds, peak in points:
+        state.sizes = microbatch.update(state.sizes, size, seconds, peak)
+    return state, states.resize(state, 0)
 
 
 def observe(state: State, facts: StepFacts) -> tuple[State, Changes]:

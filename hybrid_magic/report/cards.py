@@ -21,15 +21,12 @@ WIDTH, HEIGHT = 300.0, 60.0  # of the drawing, before it is stretched
 Curve = Sequence[tuple[float, float]]
 
 
-def cards(
-    trace: Trace, start: StartRecord, changes: Iterable[BatchChangeRecord], speed: float | None
-) -> str:
+def cards(trace: Trace, start: StartRecord, changes: Iterable[BatchChangeRecord]) -> str:
     """Return the four cards as HTML.
 
     Args:
         trace: the run so far.
         changes: the decisions to mark, oldest first.
-        speed: samples per second now, None where not known yet.
     """
     buckets = trace.buckets
     if buckets:
@@ -38,7 +35,7 @@ def cards(
             _loss_card(frame, buckets),
             _memory_card(frame, buckets, start),
             _batch_card(frame, buckets, changes),
-            _time_card(frame, buckets, speed),
+            _time_card(frame, buckets),
         ]
     else:  # as high as they will be, so that nothing below moves when they come
         each = [_card(title, "", "", ()) for title in ("Loss", "Memory", "Batch", "Step")]
@@ -94,7 +91,8 @@ def _card(title: str, now: str, drawing: str, key: Sequence[tuple[str, str]]) ->
         f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" preserveAspectRatio="none" role="img" '
         f'aria-label="{name}: {number}" style="display:block;width:100%;height:64px;'
         f'border-bottom:1px solid {FAINT}">{drawing}</svg>'
-        '<div style="font-size:11px;min-height:2.8em;align-content:start;display:flex;flex-wrap:wrap;gap:0 8px">'
+        '<div style="font-size:11px;min-height:2.8em;display:flex;flex-wrap:wrap;'
+        'align-content:start;gap:0 8px">'
         f"{names}</div></div>"
     )
 
@@ -178,10 +176,10 @@ def _staircase(points: Curve) -> list[tuple[float, float]]:
     return [*corners, (points[-1][0], corners[-1][1])]
 
 
-def _time_card(frame: _Frame, buckets: Sequence[Bucket], speed: float | None) -> str:
+def _time_card(frame: _Frame, buckets: Sequence[Bucket]) -> str:
     timed = [bucket for bucket in buckets if bucket.timed]
     if not timed:
-        return _card("Step", "no reading" if speed is None else q.rate(speed), "", ())
+        return _card("Step", "no reading", "", ())
     totals = [bucket.step_sum_s / bucket.timed for bucket in timed]
     high = 1.1 * sorted(totals)[int(0.97 * (len(totals) - 1))]
     floor = [(bucket.step, 0.0) for bucket in timed]
@@ -196,5 +194,4 @@ def _time_card(frame: _Frame, buckets: Sequence[Bucket], speed: float | None) ->
             drawing += frame.area(floor, ceiling, high, colour)
             key.append((colour, name))
         floor = ceiling
-    now = q.duration(totals[-1]) + (f", {q.rate(speed)}" if speed is not None else "")
-    return _card("Step", now, drawing, key)
+    return _card("Step", q.duration(totals[-1]), drawing, key)

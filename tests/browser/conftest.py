@@ -35,7 +35,7 @@ NO_NEWS = '{"fetchNews": "false", "checkForUpdates": false, "doNotDisturbMode": 
 
 
 class Notebook:
-    """A notebook open in a page: runs all its cells, moves its controls, reads what stands there."""
+    """A notebook open in a page: runs its cells, moves its controls, reads what stands there."""
 
     def __init__(self, page, kind: str, address: str) -> None:
         self.page, self.kind, self._address = page, kind, address

@@ -136,7 +136,7 @@ def step_state(
         asked_reduction=reduction,
         clip=clip,
         batch_statistics=False,
-        move=None,
+        mover=None,
     )
 
 

@@ -6,6 +6,7 @@ Knows nothing of how the steering decides. Time is simulated; randomness comes f
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ def simulate(world: World, settings: Settings, steps: int, *, seed: int = 0, hoo
     state = steering.init(settings)
     trace = Trace([], [], [], [], [], 0, state)
     ran: Counter[int] = Counter()
+    failed = math.inf
     queue: deque[steering.StepPlan] = deque()
     for step in range(steps):
         while len(queue) <= world.prefetch:
@@ -95,10 +97,12 @@ def simulate(world: World, settings: Settings, steps: int, *, seed: int = 0, hoo
         plan = queue.popleft()
         batch = sum(plan.sizes)
         sizes = plan.sizes
+        if max(sizes) >= failed:  # planned before that size failed
+            sizes = steering.recut(state, batch)
         wasted = 0.0
         made = world.optimizer_bytes if step else 0
         while max(sizes) * world.sample_bytes + world.fixed_bytes + made > world.capacity_bytes:
-            trace.ooms += 1
+            trace.ooms, failed = trace.ooms + 1, max(sizes)
             wasted += world.micro_s(max(sizes))
             state, changes = steering.oom(state, max(sizes), step)
             trace.changes += changes

@@ -1,0 +1,112 @@
+"""A notebook without a front end: IPython in a process of its own, told over a pipe what to run.
+
+The tests' side is `Notebook`; run as a program, this file is the other side. One process serves
+many tests, each of which starts with `fresh`: importing torch costs seconds, a namespace nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass
+class Ran:
+    """What a cell left: what it printed, and the error that ended it (None: none)."""
+
+    out: str
+    err: str
+    error: str | None
+    message: str
+
+
+class Notebook:
+    """Runs cells in the other process, one after the other."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        env = {**os.environ, "IPYTHONDIR": str(folder), "OMP_NUM_THREADS": "1"}
+        env["PYTHONPATH"] = os.pathsep.join((str(ROOT), env.get("PYTHONPATH", "")))
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+            cwd=folder,
+        )
+
+    def run(self, cell: str) -> Ran:
+        """Run a cell as a person does."""
+        return Ran(**self._ask("run", cell))
+
+    def value(self, expression: str) -> Any:
+        """Return what `expression` is in the notebook, as JSON carries it."""
+        return self._ask("value", expression)
+
+    def fresh(self) -> None:
+        """Empty the namespace and forget the last run."""
+        self._ask("fresh", "")
+
+    def close(self) -> None:
+        self._process.communicate(timeout=30)
+
+    def _ask(self, what: str, text: str) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([what, text]) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, f"the notebook's process ended ({self._process.wait()}) in: {text}"
+        return json.loads(answer)
+
+
+def serve() -> None:
+    """Answer requests until the pipe is closed; what cells write to descriptor 1 goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    from IPython.core.interactiveshell import InteractiveShell
+
+    InteractiveShell.history_load_length = 0
+    shell = InteractiveShell.instance()
+    shell.history_manager.enabled = False
+    shell.run_line_magic("load_ext", "hybrid_magic")
+    for request in sys.stdin:
+        what, text = json.loads(request)
+        if what == "run":
+            answer = run_cell(shell, text)
+        elif what == "value":
+            answer = eval(text, shell.user_ns)
+        else:
+            import hybrid_magic.run
+
+            shell.reset(new_session=True)
+            hybrid_magic.run.last_run = answer = None
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def run_cell(shell: Any, cell: str) -> dict[str, Any]:
+    from IPython.utils.capture import capture_output
+
+    with capture_output() as printed:
+        result = shell.run_cell(cell, store_history=True)
+    error = result.error_before_exec or result.error_in_exec
+    return {
+        "out": _COLOURS.sub("", printed.stdout),
+        "err": _COLOURS.sub("", printed.stderr),
+        "error": None if error is None else type(error).__name__,
+        "message": "" if error is None else str(error),
+    }
+
+
+if __name__ == "__main__":
+    serve()

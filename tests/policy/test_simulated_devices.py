@@ -1,0 +1,129 @@
+"""The steering against simulated devices: how good, how quiet, how safe its choices are."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulator import GIB, World, oracle_goodput, simulate, worlds
+
+from hybrid_magic.policy import growth
+from hybrid_magic.policy.facts import Settings
+
+WORLDS = worlds(48)
+
+
+def test_the_micro_batch_is_within_5_per_cent_of_the_best_after_30_steps_in_most_worlds():
+    shares, ooms = [], []
+    for seed, (world, asked) in enumerate(WORLDS):
+        trace = simulate(world, dataclasses.replace(asked, batch="fixed"), 60, seed=seed)
+        typical = statistics.median(trace.seconds[30:])
+        shares.append(world.best_step_s(asked.base, asked.budget_bytes) / typical)
+        ooms.append(trace.ooms)
+    assert sum(ooms) == 0
+    assert sum(share >= 0.95 for share in shares) >= 0.9 * len(shares)
+    assert min(shares) > 0.85
+
+
+@pytest.mark.parametrize("most", [777, 3000, 20_000])
+def test_a_huge_batch_finds_the_limit_of_memory_without_running_into_it(most):
+    world = World(overhead_s=50.0, sample_s=1e-3, sample_bytes=2**20, jitter=0.0, spikes=0.0)
+    budget, batch = world.bytes(most), 100 * most
+    world = dataclasses.replace(world, capacity_bytes=budget)
+    asked = Settings(base=64, batch=batch, max_batch=batch, budget_bytes=budget)
+    trace = simulate(world, asked, 40)
+    assert trace.ooms == 0
+    assert trace.rate(-5) > 0.93 * batch / world.best_step_s(batch, budget)
+
+
+def test_a_device_that_cannot_tell_its_memory_costs_few_failures_and_does_not_oscillate():
+    world = World(overhead_s=0.05, capacity_bytes=3 * GIB, reads_memory=False)
+    asked = Settings(base=512, batch="fixed", max_batch=512)
+    trace = simulate(world, asked, 400)
+    assert trace.ooms == 1
+    assert not [change for change in trace.changes if change.step > 100]
+
+
+def test_a_settled_run_leaves_no_records():
+    quiet = 0
+    for seed, (world, asked) in enumerate(WORLDS[:24]):
+        trace = simulate(world, dataclasses.replace(asked, batch="fixed"), 600, seed=seed)
+        assert len(trace.changes) <= 10
+        quiet += not [change for change in trace.changes if change.step >= 300]
+    assert quiet >= 20
+
+
+def test_goodput_is_close_to_that_of_one_who_knows_the_world():
+    shares = []
+    for seed, (world, asked) in enumerate(WORLDS[:24]):
+        trace = simulate(world, asked, 1200, seed=seed)
+        assert trace.ooms == 0
+        shares.append(trace.goodput / oracle_goodput(world, asked, 1200))
+    assert statistics.median(shares) >= 0.9
+    assert min(shares) > 0.8
+
+
+def test_the_batch_grows_with_the_noise_and_the_steps_fall():
+    world = World(overhead_s=0.02, noise=300, noise_end=6000)
+    trace = simulate(world, Settings(base=32, max_batch=512, budget_bytes=14 * GIB), 1500)
+    assert trace.batches[-1] >= 4 * trace.batches[0]
+    assert trace.goodput > 1.5 * 32 / world.best_step_s(32, 14 * GIB)
+
+
+def test_efficiency_1_keeps_the_base_batch():
+    asked = Settings(base=32, max_batch=512, efficiency=1.0)
+    assert set(simulate(World(noise=1e5, noise_end=1e5), asked, 300).batches) == {32}
+
+
+@pytest.mark.parametrize("policy", ["goodput", "stability"])
+def test_a_noise_scale_that_collapses_brings_the_batch_back(policy):
+    world = World(overhead_s=0.02, noise=5000, noise_end=5)
+    asked = Settings(base=32, max_batch=512, policy=policy, budget_bytes=14 * GIB)
+    trace = simulate(world, asked, 4000)
+    assert max(trace.batches) > 64
+    assert trace.batches[-1] <= 48
+
+
+def test_models_with_batch_statistics_grow_in_one_piece_never_below_the_loader_batch():
+    world = World(overhead_s=0.02, noise=5000, noise_end=5000, capacity_bytes=4 * GIB)
+    asked = Settings(
+        base=32, max_batch=512, budget_bytes=int(3.6 * GIB), batch_statistics=True, family="sgd"
+    )
+    trace = simulate(world, asked, 800)
+    assert trace.ooms == 0
+    assert trace.batches[-1] > 64
+    assert min(min(sizes) for sizes in trace.sizes) >= 32
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**32),
+    which=st.integers(0, len(WORLDS) - 1),
+    policy=st.sampled_from(["goodput", "stability"]),
+    most=st.integers(1, 20),
+    trouble=st.sets(st.integers(0, 599), max_size=4),
+)
+def test_the_rules_of_safety_hold_in_every_world(seed, which, policy, most, trouble):
+    world, asked = WORLDS[which]
+    base = asked.base
+    asked = dataclasses.replace(asked, policy=policy, max_batch=most * base)
+
+    def hook(step, facts):
+        return dataclasses.replace(facts, loss=float("nan")) if step in trouble else facts
+
+    trace = simulate(world, asked, 600, seed=seed, hook=hook)
+    assert base == min(trace.batches)
+    assert max(trace.batches) <= most * base
+    assert min(min(sizes) for sizes in trace.sizes) >= 1
+    moves = [change for change in trace.changes if change.what == "global"]
+    for last, change in zip([None, *moves], moves, strict=False):
+        if change.after > change.before:
+            assert change.after <= max(change.before + 1, asked.growth_factor * change.before)
+            assert change.step >= 96
+            assert last is None or change.step - last.step >= growth.SPACING
+    for step in trouble:
+        near = [move for move in moves if step < move.step < step + growth.COOLDOWN]
+        assert not [move for move in near if move.after > move.before]

@@ -1,0 +1,351 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from simulator import GIB, World, simulate
+
+from hybrid_magic.policy import growth, steering
+from hybrid_magic.policy.facts import Settings, StepFacts
+
+ADAPTIVE = Settings(base=32, max_batch=512, budget_bytes=8 * GIB)
+FIXED = dataclasses.replace(ADAPTIVE, batch="fixed")
+LAUNCH_BOUND = World(overhead_s=0.01, noise=3000, noise_end=3000)
+
+
+def facts(step, sizes, **changed):
+    return StepFacts(step=step, sizes=sizes, loss=1.0, grad_norm=1.0, **changed)
+
+
+def grown(**changed):
+    """A state that has grown above the base batch, and the step it is at."""
+    settings = dataclasses.replace(ADAPTIVE, **changed)
+    trace = simulate(LAUNCH_BOUND, settings, 300)
+    assert trace.state.batch >= 4 * settings.base
+    assert trace.ooms == 0
+    return trace.state, 300
+
+
+def run(state, steps, first=0, **changed):
+    changes = []
+    for step in range(first, first + steps):
+        plan, state = steering.plan(state)
+        state, found = steering.observe(state, facts(step, plan.sizes, **changed))
+        changes += found
+    return state, changes
+
+
+@given(remaining=st.lists(st.integers(1, 200), min_size=1, max_size=30))
+def test_a_fixed_batch_with_its_micro_batch_pinned_is_the_loaders_own_cut(remaining):
+    state = steering.init(dataclasses.replace(FIXED, micro=32))
+    for left in remaining:
+        plan, state = steering.plan(state, left)
+        assert plan == steering.StepPlan((min(32, left),), probe=False)
+        state, changes = steering.observe(state, facts(0, plan.sizes))
+        assert changes == ()
+        assert steering.lr_factor(state, sum(plan.sizes)) == 1.0
+
+
+@given(
+    base=st.integers(1, 300),
+    batch=st.sampled_from(["adaptive", "fixed"]) | st.integers(1, 600),
+    accum=st.none() | st.integers(1, 9),
+    micro=st.none() | st.integers(1, 80),
+    most=st.none() | st.integers(1, 300),
+    norms=st.booleans(),
+    lefts=st.lists(st.integers(1, 700), min_size=1, max_size=12),
+)
+def test_plans_never_ask_for_more_than_is_left_nor_for_nothing(
+    base, batch, accum, micro, most, norms, lefts
+):
+    settings = Settings(
+        base=base, max_batch=16 * base, batch=batch, accum=accum, micro=micro, micro_most=most
+    )
+    state = steering.init(dataclasses.replace(settings, batch_statistics=norms))
+    for step, left in enumerate(lefts):
+        while left:
+            plan, state = steering.plan(state, left)
+            assert 1 <= sum(plan.sizes) <= left
+            assert min(plan.sizes) >= 1
+            if most is not None and not norms:
+                assert max(plan.sizes) <= most
+            left -= sum(plan.sizes)
+            state, _ = steering.observe(state, facts(step, plan.sizes))
+
+
+def test_the_first_step_rises_and_the_steps_planned_ahead_stay_at_its_largest_size():
+    state = steering.init(ADAPTIVE)
+    first, state = steering.plan(state)
+    second, state = steering.plan(state)
+    assert first.sizes == (2, 4, 8, 2, 4, 8, 4)
+    assert max(second.sizes) == 8
+    assert not first.probe
+
+
+def test_batch_statistics_are_never_measured_by_cutting_a_step():
+    state = steering.init(dataclasses.replace(ADAPTIVE, batch_statistics=True))
+    probes = 0
+    for step in range(100):
+        plan, state = steering.plan(state)
+        assert plan.sizes == (32,)
+        probes += plan.probe
+        state, _ = steering.observe(state, facts(step, plan.sizes))
+    assert probes == 25
+
+
+def test_a_single_micro_batch_is_cut_in_two_for_one_step_in_four():
+    trace = simulate(dataclasses.replace(World(), spikes=0), ADAPTIVE, 90)
+    cut = [sizes for sizes in trace.sizes[20:] if sizes == (16, 16)]
+    assert 16 <= len(cut) <= 18
+    assert set(trace.sizes[20:]) == {(32,), (16, 16)}
+
+
+@pytest.mark.parametrize("settings", [FIXED, dataclasses.replace(ADAPTIVE, batch=96)])
+def test_a_batch_that_is_not_steered_is_neither_probed_nor_changed(settings):
+    trace = simulate(LAUNCH_BOUND, settings, 200)
+    assert set(trace.batches) == {settings.first_batch}
+    assert all(change.what == "micro" for change in trace.changes)
+    assert steering.noise_scale(trace.state) is None
+
+
+def test_pins_are_kept():
+    def sizes(**changed):
+        state = steering.init(dataclasses.replace(FIXED, **changed))
+        return steering.plan(state)[0].sizes
+
+    assert sizes(accum=4) == (8, 8, 8, 8)
+    assert sizes(accum=5) == (7, 7, 6, 6, 6)
+    assert sizes(micro=12) == (12, 12, 8)
+    assert sizes(batch=96, micro=32) == (32, 32, 32)
+    assert sizes(batch="adaptive", accum=3, micro=20) == (20, 20, 20)
+
+
+def test_with_accumulation_and_micro_batch_pinned_the_batch_is_not_steered():
+    settings = dataclasses.replace(ADAPTIVE, accum=2, micro=16)
+    assert set(simulate(LAUNCH_BOUND, settings, 300).batches) == {32}
+
+
+@given(left=st.integers(2, 200))
+def test_no_last_step_of_one_sample_where_there_are_batch_statistics(left):
+    state = steering.init(dataclasses.replace(ADAPTIVE, batch_statistics=True))
+    while left:
+        plan, state = steering.plan(state, left)
+        assert min(plan.sizes) >= 2
+        left -= sum(plan.sizes)
+
+
+def test_an_epoch_with_nothing_left_is_refused():
+    with pytest.raises(ValueError, match="begin the next epoch"):
+        steering.plan(steering.init(ADAPTIVE), 0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"loss": math.nan}, "the loss is not finite"),
+        ({"grad_norm": math.inf, "skipped": True}, "the gradient is not finite"),
+        ({"grad_norm": 1e4}, "times its median"),
+    ],
+)
+def test_a_step_that_blows_up_halves_the_batch_at_once_and_cools_down(changed, words):
+    state, step = grown()
+    before = state.batch
+    plan, state = steering.plan(state)
+    fact = dataclasses.replace(facts(step, plan.sizes), **changed)
+    state, changes = steering.observe(state, fact)
+    assert changes[0].what == "global"
+    assert changes[0].before == before
+    assert changes[0].after == state.batch <= before // 2
+    assert words in changes[0].reason
+    _, later = run(state, growth.COOLDOWN - 1, step)
+    assert not [change for change in later if change.what == "global"]
+
+
+def test_a_loss_scale_finding_its_place_is_no_alarm():
+    state, step = grown(loss_scaling=True)
+    plan, state = steering.plan(state)
+    fact = dataclasses.replace(facts(step, plan.sizes), grad_norm=math.inf, skipped=True)
+    assert steering.observe(state, fact)[1] == ()
+
+
+def test_an_oscillating_loss_halves_the_batch():
+    state, step = grown()
+    before, changes = state.batch, []
+    for i in range(64):
+        plan, state = steering.plan(state)
+        fact = dataclasses.replace(facts(step + i, plan.sizes), loss=4.0 if i // 8 % 2 else 0.5)
+        state, found = steering.observe(state, fact)
+        changes += found
+    assert [change for change in changes if "oscillates" in change.reason]
+    assert state.batch <= before // 2
+
+
+def test_the_base_batch_is_the_floor_of_every_shrink():
+    state, step = grown()
+    for i in range(30):
+        plan, state = steering.plan(state)
+        fact = dataclasses.replace(facts(step + i, plan.sizes), loss=math.nan)
+        state, _ = steering.observe(state, fact)
+    assert state.batch == 32
+
+
+def test_late_facts_of_larger_steps_do_not_shrink_twice():
+    state, step = grown()
+    plan, state = steering.plan(state)
+    fact = dataclasses.replace(facts(step, plan.sizes), loss=math.nan)
+    state, first = steering.observe(state, fact)
+    state, second = steering.observe(state, fact)
+    assert first
+    assert second == ()
+
+
+def test_memory_above_the_budget_shrinks_the_micro_batch_at_once():
+    state, _ = run(steering.init(FIXED), 5)
+    plan, state = steering.plan(state)
+    before = state.micro
+    state, changes = steering.observe(state, facts(5, plan.sizes, peak_bytes=9 * GIB))
+    assert state.micro < before
+    assert changes[0].what == "micro"
+    assert "9 of 8 GiB" in changes[0].reason
+
+
+def test_allocator_pressure_counts_as_running_out():
+    state, _ = run(steering.init(FIXED), 5)
+    plan, state = steering.plan(state)
+    before = state.micro
+    state, changes = steering.observe(state, facts(5, plan.sizes, pressure=True))
+    assert state.micro < before
+    assert len(changes) == 1
+
+
+def test_running_out_of_memory_halves_until_nothing_smaller_is_left():
+    state = steering.init(dataclasses.replace(FIXED, micro=32))
+    sizes = steering.recut(state, 32)
+    seen = []
+    while max(sizes) > 1:
+        seen.append(max(sizes))
+        state, changes = steering.oom(state, max(sizes), 0)
+        assert "ran out of memory" in changes[0].reason
+        sizes = steering.recut(state, 32)
+    assert seen == [32, 16, 8, 4, 2]
+    state, changes = steering.oom(state, 1, 0)
+    assert changes == ()
+    assert max(steering.recut(state, 32)) == 1
+
+
+def test_batch_statistics_below_the_loader_batch_are_said():
+    state = steering.init(dataclasses.replace(FIXED, batch_statistics=True))
+    state, changes = steering.oom(state, 32, 0)
+    assert "below the loader's batch of 32" in changes[0].reason
+    assert min(steering.recut(state, 32)) >= 2
+
+
+def test_the_learning_rate_is_ramped_after_growth_and_steps_of_the_old_batch_keep_theirs():
+    state = steering.init(dataclasses.replace(ADAPTIVE, lr_scale="linear"))
+    state, _ = steering.apply(state, "grow", None, 0)
+    assert state.batch == 48
+    assert steering.lr_factor(state, 32) == 1.0
+    factors = []
+    for step in range(25):
+        factors.append(steering.lr_factor(state, 48))
+        state, _ = steering.observe(state, facts(step, (48,)))
+    assert factors[:20] == pytest.approx([1 + 0.025 * (i + 1) for i in range(20)])
+    assert factors[20:] == [1.5] * 5
+
+
+def test_warmup_is_a_ramp_of_as_many_steps_at_the_start():
+    state = steering.init(dataclasses.replace(FIXED, warmup=4))
+    factors = []
+    for step in range(6):
+        factors.append(steering.lr_factor(state, 32))
+        state, _ = steering.observe(state, facts(step, (32,)))
+    assert factors == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_a_remainder_has_the_learning_rate_of_the_base_batch():
+    state = steering.init(dataclasses.replace(ADAPTIVE, batch=128, lr_scale="linear"))
+    assert steering.lr_factor(state, 128) == 4
+    assert steering.lr_factor(state, 64) == 2
+    assert steering.lr_factor(state, 5) == 1
+
+
+@pytest.mark.parametrize(("rule", "factor"), [("linear", 1.0), ("sqrt", 0.5), ("none", 1.0)])
+def test_a_summed_loss_has_grown_its_gradient_already(rule, factor):
+    settings = dataclasses.replace(ADAPTIVE, batch=128, family="sgd", sum_reduction=True)
+    state = steering.init(dataclasses.replace(settings, lr_scale=rule))
+    assert steering.lr_factor(state, 128) == factor
+
+
+def test_a_request_is_recorded_and_named_and_one_that_changes_nothing_is_not():
+    state = steering.init(ADAPTIVE)
+    for name, value in (
+        ("accum", 4),
+        ("stability_threshold", 0.5),
+        ("growth_factor", 2.0),
+        ("max_batch", 256),
+        ("lr_multiplier", 0.5),
+    ):
+        state, changes = steering.apply(state, name, value, 7)
+        assert (changes[0].what, changes[0].after, changes[0].step) == ("control", value, 7)
+        assert name in changes[0].reason
+        assert steering.apply(state, name, value, 8)[1] == ()
+    assert steering.plan(state)[0].sizes == (8, 8, 8, 8)
+    assert steering.lr_factor(state, 32) == 0.5
+    state, changes = steering.apply(state, "accum", None, 9)
+    assert changes[0].after == "auto"
+    state, _ = steering.apply(state, "max_batch", None, 9)
+    assert state.settings.max_batch == 512
+
+
+def test_a_largest_batch_below_the_present_one_shrinks_it():
+    state, step = grown()
+    state, changes = steering.apply(state, "max_batch", 64, step)
+    assert state.batch == 64
+    assert [change.what for change in changes[:2]] == ["control", "global"]
+
+
+def test_grow_and_shrink_by_hand_are_one_control_record_each():
+    state = steering.init(ADAPTIVE)
+    state, (grew, *_) = steering.apply(state, "grow", None, 1)
+    assert (grew.what, grew.before, grew.after) == ("control", 32, 48)
+    state, (shrank, *_) = steering.apply(state, "shrink", None, 2)
+    assert (shrank.before, shrank.after) == (48, 24)
+
+
+def test_the_memory_mark_is_a_fraction_of_the_device():
+    state = steering.init(dataclasses.replace(ADAPTIVE, device_bytes=10 * GIB))
+    state, changes = steering.apply(state, "memory", 0.5, 1)
+    assert state.sizes.budget_bytes == 5 * GIB
+    assert "8 GiB -> 5 GiB" in changes[0].reason
+    state, _ = steering.apply(state, "memory", None, 2)
+    assert state.sizes.budget_bytes == 8 * GIB
+
+
+def test_the_memory_mark_of_a_device_that_cannot_tell_changes_nothing():
+    state = steering.init(ADAPTIVE)
+    state, changes = steering.apply(state, "memory", 0.5, 1)
+    assert changes == ()
+    assert state.sizes.budget_bytes == 8 * GIB
+
+
+def test_an_unknown_request_is_refused():
+    with pytest.raises(ValueError, match="no request 'pause'"):
+        steering.apply(steering.init(ADAPTIVE), "pause", None, 0)
+
+
+def test_the_noise_scale_acted_on_is_told():
+    state, _ = grown()
+    assert 300 < (steering.noise_scale(state) or 0) < 6000
+
+
+def test_a_rehearsal_tells_what_larger_steps_cost_before_the_first_one_was_taken():
+    state = steering.init(dataclasses.replace(ADAPTIVE, batch_statistics=True))
+    points = [(size, 0.01 + 0.001 * size, GIB + size * 2**20) for size in (8, 16, 32)]
+    state, _ = steering.rehearsed(state, points + points)
+    assert steering.plan(state)[0].sizes == (32,)
+    state, _ = run(state, 3)
+    assert state.sizes.early_peaks == {8: points[0][2], 16: points[1][2], 32: points[2][2]}
+    assert state.sizes.timings[16].later == (0.01 + 0.016,)

@@ -1,0 +1,158 @@
+"""The figure and the page: drawn from any run, small, off pyplot."""
+
+import base64
+import dataclasses
+import math
+import subprocess
+import sys
+
+import pytest
+from fake_training import FakeTraining, finished_run, start_record, step_record
+
+from hybrid_magic.records import BatchChangeRecord, StepRecord
+from hybrid_magic.report import page, plots, series
+from hybrid_magic.run import Run
+
+PNG = b"\x89PNG"
+
+
+def run_of(records, **start):
+    run = Run(config={}, environment={}, outcome="finished", steps=len(records), seconds=1.0)
+    run.add(start_record(**start))
+    for record in records:
+        run.add(record)
+    return run
+
+
+def unread(record):
+    """Return the record of a device that can tell nothing."""
+    names = [item.name for item in dataclasses.fields(StepRecord)]
+    unknown = [name for name in names if name.endswith(("_s", "_bytes"))]
+    return dataclasses.replace(record, loss=None, **dict.fromkeys(unknown))
+
+
+RUNS = {
+    "no step": run_of([]),
+    "no start": Run(config={}, environment={}),
+    "one step": run_of([step_record(1)]),
+    "two steps": run_of([step_record(1), step_record(2)]),
+    "no finite loss": run_of([step_record(n, loss=math.nan) for n in range(1, 9)]),
+    "an infinite loss among others": run_of(
+        [step_record(n, loss=math.inf if n == 4 else 1.0) for n in range(1, 9)]
+    ),
+    "nothing known": run_of(
+        [unread(step_record(n)) for n in range(1, 9)],
+        memory_budget_bytes=None,
+        device_bytes=None,
+        samples_per_epoch=None,
+    ),
+    "as many records as are kept": run_of([step_record(n, loss=n % 7) for n in range(1, 4097)]),
+    "a change of each kind": run_of(
+        [step_record(n) for n in range(1, 9)]
+        + [
+            BatchChangeRecord(3, 64, 128, "global", "grew"),
+            BatchChangeRecord(4, 128, 1, "global", "shrank"),
+            BatchChangeRecord(5, None, 3, "control", "you"),
+            BatchChangeRecord(5, "fp16", "bf16", "precision", "scale"),
+            BatchChangeRecord(6, 64, None, "micro", "memory"),
+            BatchChangeRecord(9, None, None, "global", "odd"),
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_every_run_has_a_figure_of_four_plots_under_the_limit(run):
+    sheet = plots.figure(run)
+    assert len(sheet.axes) == 4
+    assert all(axes.get_title(loc="left") and axes.get_xlabel() for axes in sheet.axes)
+    image = plots.png(sheet)
+    assert image.startswith(PNG)
+    bundle = page.mimebundle(run)
+    assert len(bundle["text/html"]) + len(bundle["text/plain"]) < 300_000
+
+
+def test_titles_say_what_the_plots_show():
+    titles = [axes.get_title(loc="left") for axes in plots.figure(finished_run()).axes]
+    assert titles[0].startswith("Loss 2.58")
+    assert "validation 0.475" in titles[0]
+    assert titles[1] == "Memory 4.4 GiB, 33 % of budget"
+    assert titles[2] == "Batch 64 \N{RIGHTWARDS ARROW} 108, 4 decisions"
+    assert titles[3].endswith("% backward")
+
+
+def test_an_unknown_memory_is_said_and_not_drawn_as_zero():
+    axes = plots.figure(RUNS["nothing known"]).axes[1]
+    assert [text.get_text() for text in axes.texts] == ["no reading on this device"]
+    assert not axes.lines
+
+
+def test_pyplot_is_never_touched_and_a_persons_own_style_is_left_alone():
+    program = (
+        "import sys, matplotlib\n"
+        "from fake_training import finished_run\n"
+        "matplotlib.rcParams['axes.facecolor'] = 'black'\n"
+        "sheet = finished_run().figure()\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+        "assert matplotlib.rcParams['axes.facecolor'] == 'black'\n"
+        "assert sheet.axes[0].get_facecolor() == (1, 1, 1, 1)\n"
+        "assert sheet._repr_png_().startswith(b'\\x89PNG')\n"
+    )
+    path = [entry for entry in sys.path if entry]
+    subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {path!r}\n{program}"], check=True
+    )
+
+
+def test_report_loads_no_matplotlib_before_a_figure_is_asked_for():
+    program = (
+        "from fake_training import finished_run\n"
+        "from hybrid_magic.report import cards, page, plots, tables\n"
+        "tables.html(finished_run())\n"
+        "assert not {'matplotlib', 'torch', 'IPython', 'ipywidgets'} & set(sys.modules)\n"
+    )
+    path = [entry for entry in sys.path if entry]
+    subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {path!r}\n{program}"], check=True
+    )
+
+
+def test_the_page_holds_the_picture_and_the_words_that_stand_for_it():
+    run = finished_run()
+    bundle = page.mimebundle(run)
+    assert 'alt="Four plots of a training run. Loss: 2.58 at the first step' in bundle["text/html"]
+    data, metadata = page.figure_bundle(run)
+    assert base64.b64decode(data["image/png"]).startswith(PNG)
+    assert data["text/plain"] == metadata["image/png"]["alt"]
+    assert "Global batch: 64 at the start, 108 at the end." in data["text/plain"]
+
+
+def test_thinning_keeps_the_highest_and_the_lowest_point():
+    points = [(n, 1.0) for n in range(10_000)]
+    points[1234], points[7777] = (1234, 99.0), (7777, -99.0)
+    kept = series.thinned(points)
+    assert len(kept) <= series.MOST_POINTS
+    assert {(1234, 99.0), (7777, -99.0)} <= set(kept)
+    assert kept == sorted(kept)
+
+
+def test_a_staircase_keeps_every_corner():
+    records = [step_record(n, global_batch_size=64 if n < 5 else 96) for n in range(1, 10)]
+    corners = series.stairs(records, lambda record: record.global_batch_size)
+    assert corners == [(1, 64.0), (5, 96.0), (9, 96.0)]
+    assert series.height_at(corners, 4) == 64.0
+    assert series.height_at(corners, 5) == 96.0
+
+
+def test_a_validation_stands_where_its_epoch_ended():
+    run = FakeTraining(epochs=2, per_epoch=640)()
+    ends = [record.step for record in run.history if record.samples_seen >= 640]
+    assert [step for step, _ in series.validations(run)] == [ends[0], run.history[-1].step]
+
+
+def test_stage_times_add_up_to_the_step():
+    bars = series.stage_bars([step_record(n) for n in range(1, 200)])
+    assert len(bars) <= series.MOST_BARS
+    assert sum(bar.steps for bar in bars) == 199
+    for bar in bars:
+        assert bar.stages_ms == pytest.approx([1, 4, 8, 1, 1])  # rounding of sums
