@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import tempfile
@@ -29,9 +30,9 @@ T = TypeVar("T")
 class History(Sequence[StepRecord]):
     """The steps of a run, oldest first, thinned so that a million of them stay in bounded memory.
 
-    At most `limit` records are held. When that is reached the older ones are halved: of every four
-    neighbours the two with the lowest and the highest loss stay, skipped steps before others, so
-    that spikes survive.
+    At most `limit` (5 or more) records are held. When that is reached the older ones are thinned:
+    of every six neighbours the lowest and the highest loss stay, and one without a loss to compare
+    (skipped, not a number), so that spikes and what came of them survive.
     """
 
     def __init__(self, limit: int = 4096) -> None:
@@ -48,11 +49,12 @@ class History(Sequence[StepRecord]):
     def _thin(self) -> None:
         first, last, middle = self._records[0], self._records[-1], self._records[1:-1]
         kept = [first]
-        for at in range(0, len(middle), 4):
-            group = sorted(middle[at : at + 4], key=_height)
-            kept += sorted(
-                {group[0].step: group[0], group[-1].step: group[-1]}.values(), key=lambda r: r.step
-            )
+        for at in range(0, len(middle), 6):
+            group = middle[at : at + 6]
+            lost = [record for record in group if _lost(record)]
+            rest = sorted((r for r in group if not _lost(r)), key=lambda r: r.loss or 0.0)
+            stay = {record.step: record for record in (*lost[:1], *rest[:1], *rest[-1:])}
+            kept += sorted(stay.values(), key=lambda record: record.step)
         self._records = [*kept, last]
 
     def __getitem__(self, index: Any) -> Any:
@@ -65,9 +67,8 @@ class History(Sequence[StepRecord]):
         return iter(self._records)
 
 
-def _height(record: StepRecord) -> tuple[bool, float]:
-    loss = record.loss
-    return (record.skipped or loss is None or loss != loss, loss if loss is not None else 0.0)
+def _lost(record: StepRecord) -> bool:
+    return record.skipped or record.loss is None or math.isnan(record.loss)
 
 
 @dataclass

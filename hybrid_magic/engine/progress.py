@@ -69,6 +69,7 @@ class TrainState:
         self._retries = 0
         self._noise_scale: float | None = None
         self._validated = 0
+        self._sums: bool | None = None  # whether the loss is a sum over samples; known after a step
 
     # -- what the data asks --
 
@@ -134,7 +135,12 @@ class TrainState:
         optimizer = span(marks[-2], marks[-1])
         allocated, reserved = self._peaks(result)
         size = sum(sizes)
-        if self.step_state.reduction is not None and self.step_state.reduction.kind == "sum":
+        if self._sums is None:
+            reduction = self.step_state.reduction
+            self._sums = reduction is not None and reduction.kind == "sum"
+            if self._sums:
+                self._steering = steering.summed(self._steering)
+        if self._sums:
             loss /= size
         if not self._pinned:
             noise = _noise_pair(result, values)

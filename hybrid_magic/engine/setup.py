@@ -64,12 +64,21 @@ def settings_for(
         micro=None if config.micro == "auto" else int(config.micro),
         micro_most=feed.most,
         budget_bytes=probe.budget_bytes(config.memory),
+        device_bytes=probe.total_bytes,
         batch_statistics=has_batch_statistics(task.model),
         family=family(optimizer),
         lr_scale=checked.lr_scale,
         warmup=checked.warmup,
         sum_reduction=config.reduction == "sum",
+        loss_scaling=_may_scale_losses(config, probe),
     )
+
+
+def _may_scale_losses(config: TrainConfig, probe: DeviceProbe) -> bool:
+    """Return whether the run may compute in fp16, whose first steps overflow as a matter of course."""
+    if config.precision != "auto":
+        return config.precision == "fp16"
+    return "fp16" in (precisions.native(probe.device)[0], precisions.worth_measuring(probe.device))
 
 
 def open_state(

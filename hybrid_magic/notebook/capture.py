@@ -130,17 +130,20 @@ def _one_model(namespace: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _one_loader(namespace: Mapping[str, Any], val: str | None) -> dict[str, Any]:
-    found = _distinct(namespace, lambda value: isinstance(value, DataLoader))
-    if len(found) > 1 and val in found:
-        del found[val]
-    training = {name: loader for name, loader in found.items() if name.lower().startswith("train")}
-    if len(found) > 1 and training:
-        found = training
+    kept = namespace.get(val or "")  # what validates is not trained on, unless it is named for that
+
+    def fits(value: Any) -> bool:
+        return isinstance(value, DataLoader) and value is not kept
+
+    found = _distinct(namespace, fits)
+    named = {name: value for name, value in namespace.items() if name.lower().startswith("train")}
+    if len(found) > 1:
+        found = _distinct(named, fits) or found
     if not found:
+        but = f" but {val}, which validates" if isinstance(kept, DataLoader) else ""
         raise HybridMagicError(
-            "the notebook holds no DataLoader; wanted one; make it, or name any iterable of "
-            "batches: "
-            "%%hybrid_train MODEL LOADER"
+            f"the notebook holds no DataLoader{but}; wanted one to train on; make it, or name any "
+            "iterable of batches: %%hybrid_train MODEL LOADER"
         )
     return _single(found, "DataLoaders", "%%hybrid_train MODEL LOADER")
 

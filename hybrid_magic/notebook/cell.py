@@ -47,8 +47,8 @@ def make_step(shell: Any, cell: str, log: Sequence[str], line: str) -> Compute |
     if "loss" not in assigned:
         if not isinstance(last, ast.Expr):
             raise HybridMagicError(
-                f"{_line_of(last)}: the cell leaves no loss; wanted `loss = ...`, or the loss as its "
-                "last expression; assign it"
+                f"{_line_of(last)}: the cell leaves no loss; wanted `loss = ...`, or the loss "
+                "as its last expression; assign it"
             )
         tree.body[-1] = ast.copy_location(
             ast.Assign([ast.Name("loss", ast.Store())], last.value), last
@@ -84,9 +84,9 @@ def _refuse_accumulators(tree: ast.Module) -> None:
         if isinstance(node, (ast.AugAssign, ast.Assign)):
             for name in _assigned(node) & _read(node) - known:
                 raise HybridMagicError(
-                    f"{_line_of(node)}: {name} is changed but belongs to the notebook, and a step's "
-                    "names are its own; wanted a number of this step; assign it and record it with "
-                    "--log"
+                    f"{_line_of(node)}: {name} is changed but belongs to the notebook, and a "
+                    "step's names are its own; wanted a number of this step; assign it and record "
+                    "it with --log"
                 )
 
 

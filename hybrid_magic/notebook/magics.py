@@ -90,8 +90,8 @@ def train(shell: Any, line: str, cell: str | None) -> None:
         interrupted = True
     except HybridMagicError as error:
         mistake = str(error)
-    except Exception as error:
-        raise error.with_traceback(_theirs(error.__traceback__))
+    except Exception as error:  # noqa: BLE001 - goes on, less our frames (a bare raise keeps them)
+        raise error.with_traceback(_theirs(error.__traceback__))  # noqa: B904
     finally:
         run = runs.last_run if runs.last_run is not before else None
         view.close(run)

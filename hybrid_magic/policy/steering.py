@@ -8,6 +8,7 @@ timings are read ever more seldom, the loss is judged in blocks.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 
@@ -34,6 +35,7 @@ __all__ = [
     "plan",
     "recut",
     "rehearsed",
+    "summed",
 ]
 
 PROBE_EVERY = 4  # steps, until the window of the noise scale is full
@@ -80,6 +82,13 @@ def rehearsed(
     for size, seconds, peak in points:
         state.sizes = microbatch.update(state.sizes, size, seconds, peak)
     return state, states.resize(state, 0)
+
+
+def summed(state: State) -> State:
+    """Return the state knowing that the loss is a sum over samples, as its first pass has shown."""
+    state.settings = dataclasses.replace(state.settings, sum_reduction=True)
+    state.factor_batch = 0
+    return state
 
 
 def observe(state: State, facts: StepFacts) -> tuple[State, Changes]:
