@@ -57,6 +57,7 @@ def execute(notebook: Any) -> CellExecutionError | None:
         timeout=CELL_TIMEOUT_S,
         kernel_name="python3",
         extra_arguments=["--log-level=ERROR"],  # not the kernel's advice on its transport
+        coalesce_streams=True,  # of a progress line, keep what stayed on the screen
         record_timing=False,  # times of day would be noise in the notebook's diff
         resources={"metadata": {"path": str(HERE)}},
         on_cell_start=progress.start,
@@ -104,9 +105,9 @@ def is_table(text: str) -> bool:
 
 
 def keep(notebook: Any) -> None:
-    """Write the outputs into the notebook, and its first figure beside it."""
+    """Write the outputs into the notebook, and its last figure beside it."""
     nbformat.write(notebook, NOTEBOOK)
-    PICTURE.write_bytes(base64.b64decode(outputs(notebook, "image/png")[0]))
+    PICTURE.write_bytes(base64.b64decode(outputs(notebook, "image/png")[-1]))
 
 
 if __name__ == "__main__":

@@ -21,12 +21,13 @@ import torch
 from .. import __version__
 from .. import run as runs
 from ..config import TrainConfig
+from ..errors import HybridMagicError
 from ..policy import steering
 from ..records import BatchChangeRecord, NoteRecord, Record, Sink, StepRecord, ValidationRecord
 from ..run import Run
 from .control import RunControl
 from .data import Feed, StepData
-from .device import DeviceProbe
+from .device import DeviceProbe, is_out_of_memory
 from .evaluate import evaluate
 from .prepare import Interrupts
 from .schedule import ScheduleClock
@@ -86,9 +87,7 @@ class TrainState:
         """Whether this step's micro-batches are the first points of the memory line."""
         return self.step == 0 and len(data.sizes) > 1
 
-    def learn(
-        self, points: Sequence[tuple[int, float, int | None]], size: int
-    ) -> tuple[int, ...]:
+    def learn(self, points: Sequence[tuple[int, float, int | None]], size: int) -> tuple[int, ...]:
         """Tell the policy of passes (samples, seconds, peak bytes) that trained nothing.
 
         Returns the cut that it then makes of the first step's `size` samples.
@@ -298,6 +297,7 @@ class TrainState:
     def ending(self, val: Any = None) -> Iterator[None]:
         """Close the run's books on every way out, and make it the last run once it had begun."""
         run = self.run
+        out_of_memory = False
         try:
             yield
             self._flush()
@@ -310,12 +310,25 @@ class TrainState:
         except BaseException as error:
             run.outcome, run.error = "failed", f"{type(error).__name__}: {error}"
             self._pending.clear()
-            raise
+            out_of_memory = is_out_of_memory(error)
+            if not out_of_memory:
+                raise
         finally:
             run.steps, run.samples_seen = self.step, self.samples
             run.seconds = self._trained()
             if run.start is not None:
                 runs.last_run = run
+        if out_of_memory:  # told outside the handler, so that nothing holds the failed tensors
+            raise HybridMagicError(self._out_of_memory())
+
+    def _out_of_memory(self) -> str:
+        size = max(self.run.history[-1].microbatch_size if self.run.history else self.feed.base, 1)
+        return (
+            f"out of memory on {self.probe.name} in step {self.step + 1}; wanted room for "
+            f"micro-batches of {size} "
+            f"samples; try --micro {max(size // 2, 1)} (the global batch stays as it is), or a "
+            "smaller --memory"
+        )
 
     def _flush(self) -> None:
         while self._pending:

@@ -75,7 +75,8 @@ def settings_for(
 
 
 def _may_scale_losses(config: TrainConfig, probe: DeviceProbe) -> bool:
-    """Return whether the run may compute in fp16, whose first steps overflow as a matter of course."""
+    """Return whether the run may compute in fp16, whose first steps overflow as a matter of "
+    "course."""
     if config.precision != "auto":
         return config.precision == "fp16"
     return "fp16" in (precisions.native(probe.device)[0], precisions.worth_measuring(probe.device))

@@ -19,6 +19,7 @@ from ..config import TrainConfig
 from ..errors import ConfigError, HybridMagicError
 from . import nested
 from .data import Feed, open_feed
+from .device import choose_device
 from .step import Compute
 
 
@@ -27,6 +28,7 @@ class Task:
     """A checked job. `notes` say what was inferred; `names` what the person calls things."""
 
     model: nn.Module
+    device: torch.device
     feed: Feed
     compute: Compute | None  # None: to be inferred from the first batch
     criterion: Any
@@ -80,17 +82,16 @@ def describe(
             "has its own "
             "learning rate; leave --lr out, or set it in the optimizer"
         )
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    feed = open_feed(
-        loader, called["loader"], workers=config.workers, pin=torch.device(device).type == "cuda"
-    )
+    device = choose_device(config.device, model)
+    pin = device.type == "cuda"
+    feed = open_feed(loader, called["loader"], workers=config.workers, pin=pin)
     if feed.once and (config.epochs or 1) > 1:
         raise HybridMagicError(
             f"{called['loader']} can be read only once, and --epochs is {config.epochs}; wanted "
             "something "
             "that can be read again; make it a list or a DataLoader"
         )
-    task = Task(model, feed, step, loss, optimizer, scheduler, val, called)
+    task = Task(model, device, feed, step, loss, optimizer, scheduler, val, called)
     if feed.note:
         task.notes.append(feed.note)
     return task

@@ -21,7 +21,7 @@ from ..records import Sink
 from ..run import Run
 from .control import RunControl
 from .data import StepData
-from .device import choose_device, probe_for
+from .device import probe_for
 from .prefetch import one_step_ahead
 from .prepare import Interrupts, RandomState, prepared, seed_everything
 from .progress import TrainState, environment
@@ -85,7 +85,7 @@ def train(
         names=names,
     )
     task.notes[:0] = found
-    probe = probe_for(choose_device(config.device, model))
+    probe = probe_for(task.device)
     run = Run(config=config.as_json(), environment=environment(probe))
     optimizer = make_optimizer(task, config, probe)
     state = TrainState(

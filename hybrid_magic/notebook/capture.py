@@ -93,7 +93,8 @@ def _look_up(name: str, namespace: Mapping[str, Any], role: str) -> Any:
         name, [key for key in namespace if not key.startswith("_")], n=1
     )
     do = f"did you mean {near[0]}?" if near else "run the cell that makes it"
-    raise HybridMagicError(f"the notebook has no {name}; wanted the name of the {role}; {do}")
+    what = {"val": "validation loader", "loss": "criterion"}.get(role, role)
+    raise HybridMagicError(f"the notebook has no {name}; wanted the name of the {what}; {do}")
 
 
 def _distinct(namespace: Mapping[str, Any], fits: Callable[[Any], bool]) -> dict[str, Any]:

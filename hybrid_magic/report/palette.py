@@ -15,7 +15,7 @@ INK, FAINT = "#333333", "#B5B5B5"
 STAGE_COLOURS = (SKY, BLUE, ORANGE, PURPLE, FAINT)  # the last: what no stage accounts for
 
 # Every setting that a person's own matplotlib style may have changed and that is seen here.
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 11,
     "text.color": INK,

@@ -42,6 +42,7 @@ def figure(run: Run) -> Figure:
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     class Sheet(Figure):
         """A Figure that a notebook shows although pyplot was never imported."""
@@ -50,7 +51,8 @@ def figure(run: Run) -> Figure:
             return png(self)
 
     with mpl.rc_context(STYLE):
-        sheet = Sheet(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
+        layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.03)
+        sheet = Sheet(figsize=SIZE_INCHES, dpi=DPI, layout=layout)
         FigureCanvasAgg(sheet)
         (loss, memory), (sizes, times) = sheet.subplots(2, 2)
         for draw, axes in ((_loss, loss), (_memory, memory), (_sizes, sizes), (_times, times)):
@@ -58,7 +60,6 @@ def figure(run: Run) -> Figure:
             draw(axes, run)
             axes.set_xlabel("optimizer step")
             axes.xaxis.get_major_locator().set_params(nbins=5, integer=True)
-        sheet.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.03)
         sheet.draw_without_rendering()  # ticks and layout are settled while the style holds
     return sheet
 

@@ -76,7 +76,7 @@ class Bucket:
 class Trace:
     """At most `limit` (even) buckets of `stride` steps each, oldest first; the last may fill up."""
 
-    def __init__(self, limit: int = 96) -> None:
+    def __init__(self, limit: int = 64) -> None:
         self._limit = limit
         self.stride = 1
         self.buckets: list[Bucket] = []

@@ -104,7 +104,9 @@ def test_batch_statistics_give_way_to_memory_only_and_that_is_said(on: Any) -> N
 def test_the_next_micro_batch_is_sent_before_this_one_is_computed() -> None:
     model, mover = mlp(), RecordingMover()
     state = step_state(
-        model, lambda m, b: F.mse_loss(m(b[0]).mean(1), b[1].float()), torch.optim.SGD(model.parameters(), lr=0.0)
+        model,
+        lambda m, b: F.mse_loss(m(b[0]).mean(1), b[1].float()),
+        torch.optim.SGD(model.parameters(), lr=0.0),
     )
     state.mover = mover
     steps = one_step_ahead(numbered([[4], [4, 4, 4], [4]]), mover)

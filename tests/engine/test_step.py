@@ -267,3 +267,22 @@ def test_an_error_in_the_persons_code_leaves_the_model_at_a_whole_step(where: st
         assert all(
             torch.equal(value, steps[-1][name]) for name, value in model.state_dict().items()
         )
+
+
+def test_out_of_memory_is_told_in_one_line_that_says_what_helps() -> None:
+    model = mlp()
+    steps: list[int] = []
+
+    def compute(model: Any, batch: Any) -> Any:
+        steps.append(len(batch[0]))
+        if len(steps) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        return loss_of(model, batch)
+
+    with pytest.raises(
+        hm.HybridMagicError, match=r"out of memory on cpu.* in step 3; .*try --micro 4"
+    ):
+        hm.train(model, loader_with(), compute, precision="fp32", batch="fixed", micro=8)
+    assert hm.last_run is not None
+    assert (hm.last_run.outcome, hm.last_run.steps) == ("failed", 2)
+    assert all(p.grad is None for p in model.parameters())

@@ -70,6 +70,7 @@ CASES: list[Any] = [
     (lambda: (mlp(), [torch.zeros(4, 12)]), {}, "wanted (x, y) with a tensor y"),
     (lambda: (mlp(), loader()), {"epoch": 3}, "there is no option epoch; did you mean epochs?"),
     (lambda: (mlp(), loader()), {"device": "cuda:77"}, "--device cuda:77 cannot be used here"),
+    (lambda: (mlp(), loader()), {"device": "banana"}, "--device banana cannot be used here"),
     (lambda: (mlp(), loader()), {"val": 3}, "the validation loader is a int"),
     (lambda: (mlp(), loader()), {"loss": 3}, "loss is a int; wanted a criterion"),
     (lambda: (mlp(), loader()), {"step": 3}, "step is 3; wanted a function"),

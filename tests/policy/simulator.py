@@ -89,6 +89,13 @@ def simulate(world: World, settings: Settings, steps: int, *, seed: int = 0, hoo
     trace = Trace([], [], [], [], [], 0, state)
     ran: Counter[int] = Counter()
     failed = math.inf
+    if settings.batch_statistics:  # measured before the first step, and rolled back
+        first = [max(1, settings.base // part) for part in (4, 2, 1)] * 2
+        points = [
+            (n, _time(world, n, ran, rng), world.fixed_bytes + world.sample_bytes * n)
+            for n in first
+        ]
+        state, trace.changes[:] = steering.rehearsed(state, points)
     queue: deque[steering.StepPlan] = deque()
     for step in range(steps):
         while len(queue) <= world.prefetch:

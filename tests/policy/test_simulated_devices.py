@@ -98,6 +98,15 @@ def test_models_with_batch_statistics_grow_in_one_piece_never_below_the_loader_b
     assert min(min(sizes) for sizes in trace.sizes) >= 32
 
 
+def test_memory_bounds_the_growth_of_models_with_batch_statistics_before_it_cuts_them():
+    world = World(overhead_s=0.02, noise=5000, noise_end=5000)
+    asked = Settings(
+        base=32, max_batch=512, budget_bytes=world.bytes(44), batch_statistics=True, family="sgd"
+    )
+    trace = simulate(world, asked, 600)
+    assert set(trace.sizes) == {(32,), (40,)}  # 1.5 x 40 in two would be below 32 each
+
+
 @settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**32),

@@ -26,7 +26,7 @@ def test_a_hundred_thousand_steps_stay_in_a_hundred_points_and_few_kilobytes():
     trace = Trace()
     for first in range(1, 100_001, 1000):
         trace.extend(step_record(n, loss=1 / n) for n in range(first, first + 1000))
-    assert len(trace.buckets) <= 96
+    assert len(trace.buckets) <= 64
     assert sum(bucket.steps for bucket in trace.buckets) == 100_000
     changes = [BatchChangeRecord(90_000 + n, 64, 96, "global", "grew " * 10) for n in range(30)]
     html = cards(trace, start_record(), changes)
