@@ -101,13 +101,13 @@ def same_weights(work: Work, epochs: int) -> bool:
 
 
 def per_step(work: Work, loop: Loop, count: Callable[[Callable[[], Any]], int]) -> float:
-    """Return the count of one optimizer step, exactly: runs of one and of three epochs."""
+    """Return the count of one optimizer step, exactly: runs of one and of two epochs."""
 
     def total(epochs: int) -> int:
         parts = work.fresh()
         return count(lambda: loop(*parts, work.accumulate, epochs))
 
-    return (total(3) - total(1)) * work.accumulate / (2 * BATCHES)
+    return (total(2) - total(1)) * work.accumulate / BATCHES
 
 
 def once_s(work: Work, blocks: int) -> float:
@@ -169,7 +169,7 @@ INTRODUCTION = """# The whole loop against one written by hand
 Ratios are medians over blocks of our run to the hand-written loop of the same turn, with 95 %
 bootstrap intervals; CPU time is that of all threads, and a block holds the start of our run too.
 Both sides train in FP32 at the same batch. *As it comes*: precision and batch left to hm.train, the
-same samples. Counts are exact: runs of one and of three epochs, by difference, all threads.
+same samples. Counts are exact: runs of one and of two epochs, by difference, all threads.
 """
 
 

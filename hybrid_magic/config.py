@@ -9,131 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import keyword
-import math
-import operator
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import option_values as read
 from .errors import ConfigError
 
-Reader = Callable[[Any], Any]
 
-
-def _bad(wanted: str) -> ValueError:
-    return ValueError(wanted)
-
-
-def _integer(least: int) -> Reader:
-    def read(value: Any) -> int:
-        try:
-            number = int(value) if isinstance(value, str) else operator.index(value)
-        except (TypeError, ValueError):
-            number = None
-        if isinstance(value, bool) or number is None or number < least:
-            raise _bad(f"a whole number of at least {least}")
-        return number
-
-    return read
-
-
-def _number(least: float, most: float = math.inf, *, above: bool = False) -> Reader:
-    wanted = f"a number {'above' if above else 'of at least'} {least:g}"
-    wanted += f" and at most {most:g}" if most < math.inf else ""
-
-    def read(value: Any) -> float:
-        try:
-            number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if (
-            not math.isfinite(number)
-            or number > most
-            or number < least
-            or (above and number == least)
-        ):
-            raise _bad(wanted)
-        return number
-
-    return read
-
-
-def _one_of(*names: str, otherwise: Reader | None = None) -> Reader:
-    def read(value: Any) -> Any:
-        if isinstance(value, str) and value in names:
-            return value
-        if otherwise is None:
-            raise _bad("one of " + ", ".join(names))
-        try:
-            return otherwise(value)
-        except ValueError as error:
-            raise _bad(f"one of {', '.join(names)}, or {error}") from None
-
-    return read
-
-
-_SIZE = re.compile(r"\s*([0-9.]+)\s*([KMGT]i?B|B)\s*", re.IGNORECASE)
-_UNIT = {"": 1, "k": 1, "m": 2, "g": 3, "t": 4}
-
-
-def _memory(value: Any) -> float | int:
-    """Return a fraction of the device's memory (float), or a number of bytes (int)."""
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if match:
-        unit = match[2].lower()
-        power = 0 if unit == "b" else _UNIT[unit[0]]
-        try:
-            size = float(match[1])
-        except ValueError:
-            size = 0.0
-        size *= (1024 if "i" in unit else 1000) ** power
-        if 1 <= size < math.inf:
-            return int(size)
-    if isinstance(value, int) and not isinstance(value, bool) and value > 1:
-        return value
-    try:
-        return _number(0, 1, above=True)(value)
-    except ValueError:
-        raise _bad("a fraction such as 0.9, or a size such as 8GiB") from None
-
-
-def _names(value: Any) -> tuple[str, ...]:
-    given: Any = value.split(",") if isinstance(value, str) else value
-    if not isinstance(given, (list, tuple)) or not given:
-        raise _bad("names such as acc,ppl")
-    names = tuple(str(name).strip() for name in given)  # type: ignore[reportUnknownVariableType]
-    if not all(map(_is_name, names)):
-        raise _bad("names such as acc,ppl")
-    return names
-
-
-def _is_name(text: str) -> bool:
-    return text.isidentifier() and not keyword.iskeyword(text)
-
-
-def _name(value: Any) -> str:
-    if not isinstance(value, str) or not _is_name(value):
-        raise _bad("a name such as run")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise _bad("a name")
-    return value
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _bad("True or False")
-    return value
-
-
-def _option(default: Any, read: Reader, metavar: str, help: str, *, flag: str | None = None) -> Any:
+def _option(
+    default: Any, reader: read.Reader, metavar: str, help: str, *, flag: str | None = None
+) -> Any:
     return field(
-        default=default, metadata={"read": read, "metavar": metavar, "help": help, "flag": flag}
+        default=default, metadata={"read": reader, "metavar": metavar, "help": help, "flag": flag}
     )
 
 
@@ -146,112 +33,124 @@ class TrainConfig:
     """
 
     epochs: int | None = _option(
-        None, _integer(1), "N", "passes over the loader; 1 when no other end is given"
+        None, read.integer(1), "N", "passes over the loader; 1 when no other end is given"
     )
-    steps: int | None = _option(None, _integer(1), "N", "end after N optimizer steps")
-    minutes: float | None = _option(None, _number(0, above=True), "T", "end after T minutes")
-    val: str | None = _option(None, _text, "LOADER", "validate on this loader after every epoch")
+    steps: int | None = _option(None, read.integer(1), "N", "end after N optimizer steps")
+    minutes: float | None = _option(None, read.number(0, above=True), "T", "end after T minutes")
+    val: str | None = _option(
+        None, read.text, "LOADER", "validate on this loader after every epoch"
+    )
     optimizer: str | None = _option(
-        None, _text, "NAME", "the optimizer; else the one found, else AdamW"
+        None, read.text, "NAME", "the optimizer; else the one found, else AdamW"
     )
     lr: float | None = _option(
-        None, _number(0, above=True), "X", "learning rate of a fresh AdamW (default 1e-3)"
+        None, read.number(0, above=True), "X", "learning rate of a fresh AdamW (default 1e-3)"
     )
     loss: str | None = _option(
-        None, _text, "NAME", "the criterion of a bare cell; else the one found"
+        None, read.text, "NAME", "the criterion of a bare cell; else the one found"
     )
     scheduler: str | None = _option(
-        None, _text, "NAME", "learning-rate scheduler, advanced by samples seen; else the one found"
+        None,
+        read.text,
+        "NAME",
+        "learning-rate scheduler, advanced by samples seen; else the one found",
     )
     log: tuple[str, ...] | None = _option(
-        None, _names, "NAMES", "more numbers of the step to record: acc,ppl"
+        None, read.names, "NAMES", "more numbers of the step to record: acc,ppl"
     )
     precision: str = _option(
         "auto",
-        _one_of("auto", "fp32", "bf16", "fp16"),
+        read.one_of("auto", "fp32", "bf16", "fp16"),
         "auto|fp32|bf16|fp16",
         "what the model computes in",
     )
     batch: str | int = _option(
         "adaptive",
-        _one_of("adaptive", "fixed", otherwise=_integer(1)),
+        read.one_of("adaptive", "fixed", otherwise=read.integer(1)),
         "adaptive|fixed|N",
         "the global batch: steered, the loader's own, or N samples",
     )
     policy: str = _option(
         "goodput",
-        _one_of("goodput", "stability"),
+        read.one_of("goodput", "stability"),
         "goodput|stability",
         "how an adaptive batch is steered",
     )
     max_batch: int | None = _option(
         None,
-        _integer(1),
+        read.integer(1),
         "N",
         "the most that the global batch may grow to (default 16 x the loader's)",
     )
     efficiency: float = _option(
         0.9,
-        _number(0, 1),
+        read.number(0, 1),
         "X",
         "least statistical efficiency per sample of a grown batch; 1 keeps the loader's batch",
     )
     accum: str | int = _option(
         "auto",
-        _one_of("auto", otherwise=_integer(1)),
+        read.one_of("auto", otherwise=read.integer(1)),
         "auto|K",
         "micro-batches in a step; K pins them",
     )
     micro: str | int = _option(
         "auto",
-        _one_of("auto", otherwise=_integer(1)),
+        read.one_of("auto", otherwise=read.integer(1)),
         "auto|M",
         "samples in a micro-batch; M pins them",
     )
     memory: float | int = _option(
-        0.9, _memory, "X", "memory budget: a fraction of the device's, or a size such as 8GiB"
+        0.9,
+        read.memory,
+        "X",
+        "memory budget: a fraction of the device's, or a size such as 8GiB",
     )
     lr_scale: str = _option(
         "auto",
-        _one_of("auto", "none", "linear", "sqrt"),
+        read.one_of("auto", "none", "linear", "sqrt"),
         "auto|none|linear|sqrt",
         "the learning rate when the batch is not the loader's; auto: AdaScale for SGD, root for "
         "Adam",
     )
     warmup: str | int = _option(
         "auto",
-        _one_of("auto", otherwise=_integer(0)),
+        read.one_of("auto", otherwise=read.integer(0)),
         "N",
         "steps over which the learning rate is ramped",
     )
     reduction: str = _option(
         "auto",
-        _one_of("auto", "mean", "sum"),
+        read.one_of("auto", "mean", "sum"),
         "auto|mean|sum",
         "how the loss is reduced over samples; auto: read off the criterion in use",
     )
-    clip: float | None = _option(None, _number(0, above=True), "X", "clip the gradient norm to X")
-    seed: int | None = _option(
-        None, _integer(0), "N", "seed Python, NumPy and torch before the run"
+    clip: float | None = _option(
+        None, read.number(0, above=True), "X", "clip the gradient norm to X"
     )
-    device: str | None = _option(None, _text, "D", "where to train: cuda, cuda:1, mps, cpu")
-    compile: bool = _option(False, _flag, "", "compile the model (not built yet)")
+    seed: int | None = _option(
+        None, read.integer(0), "N", "seed Python, NumPy and torch before the run"
+    )
+    device: str | None = _option(None, read.text, "D", "where to train: cuda, cuda:1, mps, cpu")
+    compile: bool = _option(False, read.flag, "", "compile the model (not built yet)")
     cache: str = _option(
         "off",
-        _one_of("off", "ram", "device"),
+        read.one_of("off", "ram", "device"),
         "off|ram|device",
         "keep samples after the first epoch (not built yet)",
     )
     workers: int | None = _option(
-        None, _integer(0), "N", "loader worker processes, in place of the loader's"
+        None, read.integer(0), "N", "loader worker processes, in place of the loader's"
     )
-    checkpoint: str | None = _option(None, _text, "DIR", "write checkpoints to DIR (not built yet)")
-    resume: bool = _option(False, _flag, "", "go on from the newest checkpoint (not built yet)")
+    checkpoint: str | None = _option(
+        None, read.text, "DIR", "write checkpoints to DIR (not built yet)"
+    )
+    resume: bool = _option(False, read.flag, "", "go on from the newest checkpoint (not built yet)")
     processes: int = _option(
-        1, _integer(1), "N", "data-parallel over N local processes (not built yet)"
+        1, read.integer(1), "N", "data-parallel over N local processes (not built yet)"
     )
-    o: str | None = _option(None, _name, "NAME", "put the Run into NAME", flag="-o")
-    plain: bool = _option(False, _flag, "", "text only, no widgets")
+    o: str | None = _option(None, read.name, "NAME", "put the Run into NAME", flag="-o")
+    plain: bool = _option(False, read.flag, "", "text only, no widgets")
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -302,11 +201,8 @@ def _refuse_unbuilt(config: TrainConfig) -> None:
         "--resume": config.resume,
         "--processes": config.processes != 1,
     }
-    for flag, given in asked.items():
-        if given:
-            raise ConfigError(
-                f"{flag} is not built yet in this version; the run was not started; leave it out"
-            )
+    for flag in (flag for flag, given in asked.items() if given):
+        raise ConfigError(f"{flag} is not built yet in this version; leave it out")
 
 
 def _refuse_contradictions(config: TrainConfig) -> None:
@@ -318,12 +214,8 @@ def _refuse_contradictions(config: TrainConfig) -> None:
                 f"--batch {batch} is not --accum {accum} micro-batches of --micro {micro}; "
                 "wanted batch = accum x micro; leave one of the three out"
             )
-    if (
-        isinstance(config.batch, int)
-        and config.max_batch is not None
-        and config.batch > config.max_batch
-    ):
+    batch, most = config.batch, config.max_batch
+    if isinstance(batch, int) and most is not None and batch > most:
         raise ConfigError(
-            f"--batch {config.batch} is above --max-batch {config.max_batch}; wanted at most "
-            "that; leave one out"
+            f"--batch {batch} is above --max-batch {most}; wanted at most that; leave one out"
         )

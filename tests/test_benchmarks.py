@@ -24,7 +24,7 @@ def run(program: str, *arguments: str) -> str:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=170,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

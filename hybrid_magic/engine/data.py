@@ -1,13 +1,8 @@
-"""Samples in the order of the person's own loader, cut into steps and micro-batches of any size.
+"""A step of data, and batches as they come.
 
-A map-style DataLoader is read through its own sampler: indices are taken in its order and handed,
-cut to the planned sizes, to a DataLoader with the same dataset, collate_fn, workers, generator,
-pin_memory and worker_init_fn. Everything else (custom batch samplers, IterableDatasets, generators,
-lists of batches) is read as it comes and its batches are cut, never joined. The person's loader is
-never changed, and random numbers are drawn exactly when the plain loop would draw them.
-
-A size is planned when its samples are asked for, so with worker processes a new plan acts as many
-micro-batches later as the workers had been asked for. Knows no model and no policy.
+Custom batch samplers, IterableDatasets, generators and lists of batches are read as they come and
+their batches are cut, never joined. (`sampled` reads map-style DataLoaders, at any size.) The
+person's loader is never changed. Knows no model and no policy.
 """
 
 from __future__ import annotations
@@ -17,17 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
-
-import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    IterableDataset,
-    Sampler,
-    Subset,
-    TensorDataset,
-    default_collate,
-)
 
 from ..errors import HybridMagicError
 from . import nested
@@ -82,169 +66,7 @@ class Feed(Protocol):
         ...
 
 
-def open_feed(loader: Any, name: str, *, workers: int | None = None, pin: bool = False) -> Feed:
-    """Return the feed of `loader`; `workers` replaces its number of worker processes.
-
-    Raises:
-        HybridMagicError: `loader` is not something that yields batches, or yields none.
-    """
-    try:
-        empty = len(loader) == 0
-    except (TypeError, NotImplementedError):
-        empty = False
-    if empty:
-        raise HybridMagicError(
-            f"{name} is empty; wanted at least one batch; check its dataset (and drop_last)"
-        )
-    if isinstance(loader, DataLoader) and _standard(loader):
-        return _SizedFeed(loader, workers, pin)
-    if not hasattr(loader, "__iter__"):
-        raise HybridMagicError(
-            f"{name} is a {type(loader).__name__}; wanted a DataLoader or an iterable of batches; "
-            "name your training loader"
-        )
-    return _SplitFeed(loader, name)
-
-
-def _standard(loader: DataLoader[Any]) -> bool:
-    return (
-        not isinstance(loader.dataset, IterableDataset)
-        and type(loader.batch_sampler) is BatchSampler
-        and type(loader).__iter__ is DataLoader.__iter__
-    )
-
-
-class _SizedFeed:
-    """A map-style DataLoader, read through its own sampler at any size."""
-
-    most: int | None = None
-    note: str | None = None
-    once = False
-
-    def __init__(self, loader: DataLoader[Any], workers: int | None, pin: bool) -> None:
-        cut: Any = loader.batch_sampler
-        self._sampler, self._drop_last, self.base = cut.sampler, cut.drop_last, cut.batch_size
-        self._generator = loader.generator
-        self._issued: deque[tuple[int, int, bool]] = (
-            deque()
-        )  # (micro-batches of its step, samples, probe)
-        self._plan: Planner | None = None
-        self._pin = pin
-        try:
-            total = len(self._sampler)
-            self.samples = total // self.base * self.base if self._drop_last else total
-        except (TypeError, NotImplementedError):
-            self.samples = None
-        workers = loader.num_workers if workers is None else workers
-        self._tensors = _plain_tensors(loader) if workers == 0 else None
-        self._workers = workers
-        self.drawn_apart = workers > 0 or self._tensors is not None
-        self._loader = DataLoader(
-            loader.dataset,
-            batch_sampler=_Cut(self),
-            num_workers=workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory or pin,
-            timeout=loader.timeout if workers else 0,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context if workers else None,
-            generator=loader.generator,
-            prefetch_factor=loader.prefetch_factor if workers else None,
-            persistent_workers=loader.persistent_workers and workers > 0,
-        )
-
-    def epoch(self, planner: Planner) -> Iterator[StepData]:
-        self._plan, self._issued = planner, deque()
-        stream = self._indexed() if self._tensors is not None else iter(self._loader)
-        batches: list[Any] = []
-        sizes: list[int] = []
-        left, probe = 0, False
-        try:
-            for batch in stream:
-                count, size, asked_probe = self._issued.popleft()
-                if not batches:
-                    left, probe = count, asked_probe
-                batches.append(batch)
-                sizes.append(size)
-                left -= 1
-                if left == 0:
-                    yield StepData(batches, sizes, probe)
-                    batches, sizes = [], []
-            if batches:
-                yield StepData(batches, sizes, probe)
-        finally:
-            if not self._loader.persistent_workers:
-                del stream  # its worker processes end with it
-
-    def indices(self) -> Iterator[list[int]]:
-        """Yield the indices of one micro-batch after the other, planning each step as it begins."""
-        order: Iterator[int] = iter(self._sampler)
-        if self._drop_last:
-            order = _whole(order, self.base)
-        left, planner, issued = self.samples, self._plan, self._issued
-        assert planner is not None
-        while True:
-            plan = planner(left)
-            count, probe = len(plan.sizes), plan.probe
-            for size in plan.sizes:
-                taken = list(itertools.islice(order, size))
-                if not taken:
-                    return
-                issued.append((count, len(taken), probe))
-                yield taken
-            if left is not None:
-                left -= sum(plan.sizes)
-                if left <= 0:  # a sampler may hold more than it says
-                    more = next(order, None)
-                    if more is None:
-                        return
-                    order, left = itertools.chain([more], order), None
-
-    def _indexed(self) -> Iterator[Any]:
-        """Yield what the loader would, by indexing whole tensors: the same values, far cheaper."""
-        # A DataLoader's iterator draws its workers' base seed when it is made; so must this.
-        torch.empty((), dtype=torch.int64).random_(generator=self._generator)
-        tensors, order = self._tensors or ([], None)
-        for taken in self.indices():
-            at = taken if order is None else [order[index] for index in taken]
-            batch = [tensor[at] for tensor in tensors]
-            yield [tensor.pin_memory() for tensor in batch] if self._pin else batch
-
-    def close(self) -> None:
-        iterator = getattr(self._loader, "_iterator", None)
-        if iterator is not None and self._workers:
-            iterator._shutdown_workers()
-        self._loader._iterator = None
-
-
-class _Cut(Sampler[list[int]]):
-    def __init__(self, feed: _SizedFeed) -> None:
-        self._feed = feed
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self._feed.indices()
-
-
-def _whole(order: Iterator[int], size: int) -> Iterator[int]:
-    """Yield `order` in whole groups of `size`, as drop_last leaves it."""
-    while len(group := list(itertools.islice(order, size))) == size:
-        yield from group
-
-
-def _plain_tensors(loader: DataLoader[Any]) -> tuple[list[torch.Tensor], list[int] | None] | None:
-    """Return the tensors that the loader indexes and the order of its subset, None for other "
-    "datasets."""
-    dataset, order = loader.dataset, None
-    if loader.collate_fn is not default_collate:
-        return None
-    if type(dataset) is Subset:
-        dataset, order = dataset.dataset, [int(index) for index in dataset.indices]
-    if type(dataset) is not TensorDataset or any(tensor.is_sparse for tensor in dataset.tensors):
-        return None
-    return list(dataset.tensors), order
-
-
-class _SplitFeed:
+class SplitFeed:
     """Batches as the person's iterable yields them, cut where they can be."""
 
     samples: int | None = None

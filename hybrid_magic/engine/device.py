@@ -67,9 +67,9 @@ class DeviceProbe:
         self._due = now + READ_EVERY_S
         return self.peak()
 
-    def pressure(self) -> int:
-        """Return how often the allocator had to free its cache and try again."""
-        return 0
+    def pressure(self) -> bool:
+        """Return whether the allocator had to free its cache and try again since the last call."""
+        return False
 
     def synchronize(self) -> None:
         """Wait until the device's queued work is done."""
@@ -145,6 +145,11 @@ class CudaProbe(DeviceProbe):
 
     late = True
 
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._retries = 0
+        self.pressure()  # what happened before this run is no pressure of it
+
     @property
     def total_bytes(self) -> int | None:
         return torch.cuda.get_device_properties(self.device).total_memory
@@ -187,8 +192,13 @@ class CudaProbe(DeviceProbe):
             self.device
         )
 
-    def pressure(self) -> int:
-        return torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)
+    def pressure(self) -> bool:
+        retries, before = (
+            torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0),
+            self._retries,
+        )
+        self._retries = retries
+        return retries > before
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)

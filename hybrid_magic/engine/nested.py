@@ -102,7 +102,7 @@ def _rows(tree: Any, n: int | None, start: int, stop: int) -> Any:
         return clone
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         clone = copy.copy(tree)
-        for item in dataclasses.fields(clone):
+        for item in dataclasses.fields(tree):
             object.__setattr__(clone, item.name, _rows(getattr(tree, item.name), n, start, stop))
         return clone
     return tree[start:stop] if _has_rows(tree) else tree

@@ -8,28 +8,24 @@ makes it wait. Trains nothing itself.
 from __future__ import annotations
 
 import contextlib
-import math
-import os
-import platform
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
-from .. import __version__
 from .. import run as runs
 from ..config import TrainConfig
 from ..errors import HybridMagicError
 from ..policy import steering
-from ..records import BatchChangeRecord, NoteRecord, Record, Sink, StepRecord, ValidationRecord
+from ..records import Record, Sink, StepRecord, ValidationRecord
 from ..run import Run
+from . import requests
 from .control import RunControl
 from .data import Feed, StepData
 from .device import DeviceProbe, is_out_of_memory
 from .evaluate import evaluate
 from .prepare import Interrupts
+from .reading import Reading, read
 from .schedule import ScheduleClock
 from .step import StepResult, StepState
 
@@ -57,8 +53,11 @@ class TrainState:
         self.step = self.samples = self.epoch = self.in_epoch = 0
         self._sink, self._control = sink, control
         self._steering = steering.init(settings)
+        # Where nothing is left to be decided, the policy need not hear of every step.
         self._pinned = (
-            settings.batch != "adaptive" and (settings.micro or settings.accum) is not None
+            settings.batch != "adaptive"
+            and (settings.micro or settings.accum) is not None
+            and settings.warmup in ("auto", 0)
         )
         ends = (config.epochs, config.steps, config.minutes)
         self._epochs = 1 if ends == (None, None, None) else config.epochs
@@ -67,7 +66,6 @@ class TrainState:
         self._pending: deque[tuple[int, int, StepResult, float, float]] = deque()
         self._begun = 0.0
         self._not_training = 0.0  # seconds of validation and of pauses
-        self._retries = 0
         self._noise_scale: float | None = None
         self._validated = 0
         self._sums: bool | None = None  # whether the loss is a sum over samples; known after a step
@@ -118,64 +116,53 @@ class TrainState:
         self, step: int, samples: int, result: StepResult, waited: float, seconds: float
     ) -> None:
         """Read a step's values, record it, and let the policy answer."""
-        values, sizes, marks = result.values(), result.sizes, result.marks
-        loss, norm = values[0], math.hypot(*values[1 : 1 + result.gradients])
-        skipped = (
-            result.skipped if result.skipped is not None else loss + norm - (loss + norm) != 0.0
-        )
-        span = self.probe.seconds
-        forward = backward = 0.0
-        micro = []
-        for at in range(0, 2 * len(sizes), 2):
-            ahead = span(marks[at], marks[at + 1])
-            back = span(marks[at + 1], marks[at + 2])
-            forward, backward = forward + ahead, backward + back
-            micro.append(ahead + back)
-        optimizer = span(marks[-2], marks[-1])
+        seen = read(result, self.probe)
         allocated, reserved = self._peaks(result)
-        size = sum(sizes)
         if self._sums is None:
             reduction = self.step_state.reduction
             self._sums = reduction is not None and reduction.kind == "sum"
             if self._sums:
                 self._steering = steering.summed(self._steering)
-        if self._sums:
-            loss /= size
+        size = sum(result.sizes)
+        loss = seen.loss / size if self._sums else seen.loss
         if not self._pinned:
-            noise = _noise_pair(result, values)
-            self._steering, changes = steering.observe(
-                self._steering,
-                steering.StepFacts(
-                    step=step,
-                    sizes=tuple(sizes),
-                    loss=loss,
-                    grad_norm=norm,
-                    skipped=skipped,
-                    micro_seconds=tuple(micro),
-                    optimizer_seconds=optimizer,
-                    peaks=None if result.peaks is None else tuple(result.peaks),
-                    peak_bytes=allocated,
-                    pressure=self._pressure(allocated),
-                    noise=noise,
-                ),
-            )
-            for change in changes:
-                self.emit(change)
-            if noise is not None:
-                self._noise_scale = steering.noise_scale(self._steering)
-        if skipped:
+            self._steer(step, result, seen, loss, allocated)
+        if seen.skipped:
             self.run.skipped_steps += 1
         else:
             self.run.final_loss = loss
-        logged = values[len(values) - len(result.names) :] if result.names else ()
         self.emit(
             StepRecord(
-                step, samples, loss, norm, result.lr, size, max(sizes), len(sizes), skipped, 0,
-                waited, forward, backward, optimizer, seconds, allocated, reserved,
-                self._noise_scale,
-                dict(zip(result.names, logged, strict=True)) if result.names else None,
+                step, samples, loss, seen.norm, result.lr, size, max(result.sizes),
+                len(result.sizes), seen.skipped, 0, waited, seen.forward_s, seen.backward_s,
+                seen.optimizer_s, seconds, allocated, reserved, self._noise_scale, seen.logged,
             )
         )  # fmt: skip
+
+    def _steer(
+        self, step: int, result: StepResult, seen: Reading, loss: float, allocated: int | None
+    ) -> None:
+        """Tell the policy of a step and record what it changes."""
+        self._steering, changes = steering.observe(
+            self._steering,
+            steering.StepFacts(
+                step=step,
+                sizes=tuple(result.sizes),
+                loss=loss,
+                grad_norm=seen.norm,
+                skipped=seen.skipped,
+                micro_seconds=seen.micro_s,
+                optimizer_seconds=seen.optimizer_s,
+                peaks=None if result.peaks is None else tuple(result.peaks),
+                peak_bytes=allocated,
+                pressure=allocated is not None and self.probe.pressure(),
+                noise=seen.noise,
+            ),
+        )
+        for change in changes:
+            self.emit(change)
+        if seen.noise is not None:
+            self._noise_scale = steering.noise_scale(self._steering)
 
     def _peaks(self, result: StepResult) -> tuple[int | None, int | None]:
         allocated, reserved = self.probe.peak_if_due()
@@ -190,14 +177,6 @@ class TrainState:
             run.peak_reserved_bytes = max(run.peak_reserved_bytes or 0, reserved)
         return allocated, reserved
 
-    def _pressure(self, allocated: int | None) -> bool:
-        """Return whether the allocator had to try again since the last reading."""
-        if allocated is None or not self.probe.late:
-            return False
-        retries, before = self.probe.pressure(), self._retries
-        self._retries = retries
-        return retries > before
-
     # -- what a person asks --
 
     def obey(self) -> bool:
@@ -210,7 +189,7 @@ class TrainState:
         if control is not None:
             if control.poll is not None:
                 control.poll()
-            if control.mail and self._requests(control):
+            if control.mail and requests.answer(self, control):
                 return True
         if self.interrupts.hit:
             raise KeyboardInterrupt
@@ -221,42 +200,15 @@ class TrainState:
             return True
         return False
 
-    def _requests(self, control: RunControl) -> bool:
-        paused_at: float | None = None
-        while control.mail or paused_at is not None:
-            if not control.mail:
-                if self.interrupts.hit:
-                    raise KeyboardInterrupt
-                if control.poll is not None:
-                    control.poll()
-                time.sleep(0.02)
-                continue
-            name, value = control.mail.popleft()
-            if name == "stop":
-                self._asked("running", "stopped", "the stop button")
-                self.run.outcome = "stopped"
-            elif name == "pause" and paused_at is None:
-                paused_at = time.perf_counter()
-                self._asked("running", "paused", "the pause button")
-            if name in ("stop", "resume") and paused_at is not None:
-                self._not_training += time.perf_counter() - paused_at
-                paused_at = None
-                if name == "resume":
-                    self._asked("paused", "running", "the resume button")
-            if name == "stop":
-                return True
-            if name not in ("pause", "resume"):
-                self._steering, changes = steering.apply(self._steering, name, value, self.step)
-                for change in changes:
-                    self.emit(change)
-        return False
+    def by_hand(self, name: str, value: float | None) -> None:
+        """Have the policy follow a setting, or "grow" or "shrink"."""
+        self._steering, changes = steering.apply(self._steering, name, value, self.step)
+        for change in changes:
+            self.emit(change)
 
-    def _asked(self, before: str, after: str, reason: str) -> None:
-        self.emit(
-            BatchChangeRecord(
-                self.step, before, after, "control", f"{reason}: {after} at step {self.step}"
-            )
-        )
+    def paused(self, seconds: float) -> None:
+        """Leave `seconds` out of the run's training time."""
+        self._not_training += seconds
 
     # -- epochs and the end --
 
@@ -319,15 +271,15 @@ class TrainState:
             if run.start is not None:
                 runs.last_run = run
         if out_of_memory:  # told outside the handler, so that nothing holds the failed tensors
-            raise HybridMagicError(self._out_of_memory())
+            raise HybridMagicError(self._out_of_memory)
 
+    @property
     def _out_of_memory(self) -> str:
-        size = max(self.run.history[-1].microbatch_size if self.run.history else self.feed.base, 1)
+        size = self.run.history[-1].microbatch_size if self.run.history else self.feed.base
         return (
             f"out of memory on {self.probe.name} in step {self.step + 1}; wanted room for "
-            f"micro-batches of {size} "
-            f"samples; try --micro {max(size // 2, 1)} (the global batch stays as it is), or a "
-            "smaller --memory"
+            f"micro-batches of {size} samples; try --micro {max(size // 2, 1)} (the global batch "
+            "stays as it is), or a smaller --memory"
         )
 
     def _flush(self) -> None:
@@ -344,33 +296,3 @@ class TrainState:
         self.run.add(record)
         if self._sink is not None:
             self._sink(record)
-
-    def note(self, text: str) -> None:
-        self.emit(NoteRecord(text))
-
-
-def _noise_pair(result: StepResult, values: list[float]) -> tuple[float, float, int, int] | None:
-    """Return (|g_small|^2, |g_large|^2, n_small, n_large) of a step that measured them."""
-    size = sum(result.sizes)
-    if result.noise == "pair":
-        this, before, both = values[1 + result.gradients :][:3]
-        return (this**2 + before**2) / 2, both**2, size, 2 * size
-    if result.noise == "cut":
-        small, large = values[1 + result.gradients :][:2]
-        small /= result.first_weight
-        return small**2, large**2, result.sizes[0], size
-    return None
-
-
-def environment(probe: DeviceProbe) -> dict[str, Any]:
-    """Return what a number of this run depends on: versions, machine, device."""
-    return {
-        "hybrid_magic": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "processor": platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": probe.name,
-    }

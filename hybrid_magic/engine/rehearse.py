@@ -16,7 +16,7 @@ import torch
 from . import nested
 from .precision import Precision
 from .prepare import RandomState
-from .step import StepState, check_loss, forward
+from .step import StepState, backward, check_loss, forward
 
 GAIN = 1.15  # a reduced precision must be this much faster than fp32 to be chosen by measurement
 
@@ -44,7 +44,7 @@ def _pass_seconds(state: StepState, batch: Any) -> float:
     start = state.device.mark()
     loss, _ = forward(state, batch if state.mover is None else state.mover(batch))
     check_loss(loss)
-    loss.backward()
+    backward(state, loss)
     seconds = state.device.seconds(start, state.device.mark())
     for param in state.params:
         param.grad = None

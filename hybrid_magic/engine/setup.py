@@ -6,15 +6,18 @@ Everything inferred here is said in a note. Trains nothing.
 from __future__ import annotations
 
 import itertools
+import os
+import platform
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from .. import __version__
 from ..config import TrainConfig
 from ..errors import ConfigError
 from ..policy import steering
-from ..records import BatchChangeRecord, StartRecord
+from ..records import BatchChangeRecord, NoteRecord, StartRecord
 from . import precision as precisions
 from . import rehearse
 from .data import StepData
@@ -130,7 +133,7 @@ def open_state(
     state.schedule = schedule
     state.emit(_start(task, config, probe, optimizer, ready.precision.name))
     for note in task.notes:
-        state.note(note)
+        state.emit(NoteRecord(note))
     if config.precision == "auto":
         state.emit(BatchChangeRecord(0, "auto", ready.precision.name, "precision", reason))
     _measure_sizes(ready, state, first)
@@ -195,3 +198,17 @@ def _start(
         device_bytes=probe.total_bytes,
         parameters=sum(parameter.numel() for parameter in task.model.parameters()),
     )
+
+
+def environment(probe: DeviceProbe) -> dict[str, Any]:
+    """Return what a number of this run depends on: versions, machine, device."""
+    return {
+        "hybrid_magic": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": probe.name,
+    }

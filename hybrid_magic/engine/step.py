@@ -85,11 +85,7 @@ def train_step(
     norms: list[Tensor] = []
     weights: list[float] | None = None
     if state.reduction is not None:
-        weights = (
-            [1.0]
-            if len(data.sizes) == 1
-            else reduction.weights(state.reduction, data.batches, data.sizes)
-        )
+        weights = reduction.weights(state.reduction, data.batches, data.sizes)
     total: Tensor | None = None
     logged: dict[str, Tensor] = {}
     peaks: list[int | None] | None = [] if measure_peaks else None
@@ -113,14 +109,11 @@ def train_step(
         marks.append(mark())
         weight = weights[number]
         if weight != 0.0:  # where no target counts the mean is 0/0, and its part of the step is 0
-            scaled = loss if state.precision.scaler is None else state.precision.scaler.scale(loss)
-            scaled.backward(None if weight == 1.0 else _gradient(state, weight, scaled))
+            backward(state, loss, weight)
             share = loss.detach() if weight == 1.0 else loss.detach() * weight
             total = share if total is None else total + share
-        for name, value in extra.items():
-            part = torch.as_tensor(value, dtype=torch.float32, device=loss.device).detach()
-            part = part.mean() * (data.sizes[number] / sum(data.sizes))
-            logged[name] = part if name not in logged else logged[name] + part
+        if extra:
+            _log(logged, extra, data.sizes[number] / sum(data.sizes), loss.device)
         if probing and not paired and number == 0 and 0.0 < weight < 1.0:
             norms.append(state.noise.norm())
         if peaks is not None:
@@ -143,6 +136,20 @@ def forward(state: StepState, batch: Any) -> tuple[Tensor, dict[str, Any]]:
     else:
         result = state.compute(state.model, batch)
     return result if type(result) is tuple else (result, {})
+
+
+def _log(logged: dict[str, Tensor], extra: dict[str, Any], share: float, device: Any) -> None:
+    """Add `share` of each value to the step's mean of it, without reading it."""
+    for name, value in extra.items():
+        part = torch.as_tensor(value, dtype=torch.float32, device=device).detach().mean() * share
+        logged[name] = part if name not in logged else logged[name] + part
+
+
+def backward(state: StepState, loss: Tensor, weight: float = 1.0) -> None:
+    """Add the gradient of `weight` times `loss` to the parameters', scaled for fp16."""
+    scaler = state.precision.scaler
+    scaled = loss if scaler is None else scaler.scale(loss)
+    scaled.backward(None if weight == 1.0 else _gradient(state, weight, scaled))
 
 
 def _watched_forward(

@@ -18,8 +18,9 @@ from torch import nn
 from ..config import TrainConfig
 from ..errors import ConfigError, HybridMagicError
 from . import nested
-from .data import Feed, open_feed
+from .data import Feed
 from .device import choose_device
+from .sampled import open_feed
 from .step import Compute
 
 

@@ -24,8 +24,8 @@ from .data import StepData
 from .device import probe_for
 from .prefetch import one_step_ahead
 from .prepare import Interrupts, RandomState, prepared, seed_everything
-from .progress import TrainState, environment
-from .setup import make_optimizer, open_state, settings_for
+from .progress import TrainState
+from .setup import environment, make_optimizer, open_state, settings_for
 from .step import Compute, train_step
 from .task import Task, describe
 

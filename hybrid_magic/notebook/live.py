@@ -19,7 +19,7 @@ from .pump import Pump, interrupts_held
 from .scene import Scene
 from .textline import TextLine
 
-DRAW_SHARE = 0.008  # of the run; with the pump it stays under a hundredth
+DRAW_SHARE = 0.006  # of the run; with the pump it stays under a hundredth
 SOONEST_S, LATEST_S = 0.25, 5.0  # between two redraws; one slow redraw must not freeze the view
 ANSWER_WITHIN_S = 2.0  # a front end that shows the panel says so; else text is written
 _MOST_PENDING = 4096  # steps kept for the next redraw
@@ -110,11 +110,11 @@ class View:
 
     def _look(self, scene: Scene, now: float) -> None:
         """Take in what has happened, and draw it when the time has come."""
+        began = time.perf_counter()
         pending, self._pending = self._pending, []
         scene.take_steps(pending)
         if now < self._due:
             return
-        began = time.perf_counter()
         scene.look(now)
         self._choose(now)
         least_s = SOONEST_S

@@ -50,6 +50,14 @@ def register(shell: Any) -> None:
     for name in MAGICS:
         shell.set_hook("complete_command", complete, str_key="%" + name)
         shell.set_hook("complete_command", complete, str_key="%%" + name)
+    if _empty_cell_as_line not in shell.input_transformers_cleanup:
+        shell.input_transformers_cleanup.append(_empty_cell_as_line)
+
+
+def _empty_cell_as_line(lines: list[str]) -> list[str]:
+    """Return a cell of nothing but our `%%magic` line as `%magic`; IPython would refuse it."""
+    words = lines[0].split() if len(lines) == 1 else []
+    return [lines[0][1:]] if words and words[0] in {"%%" + name for name in MAGICS} else lines
 
 
 def train(shell: Any, line: str, cell: str | None) -> None:

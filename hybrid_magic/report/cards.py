@@ -13,7 +13,7 @@ from html import escape
 from ..records import BatchChangeRecord, StartRecord
 from . import quantities as q
 from .palette import BLUE, FAINT, GREEN, ORANGE, PURPLE, SKY, STAGE_COLOURS, VERMILLION
-from .series import STAGES
+from .series import STAGES, settled
 from .trace import Bucket, Trace
 
 WIDTH, HEIGHT = 300.0, 60.0  # of the drawing, before it is stretched
@@ -72,8 +72,8 @@ class _Frame:
 
     def area(self, floor: Curve, ceiling: Curve, high: float, colour: str) -> str:
         scale = (HEIGHT - 2) / (high or 1.0)
-        there = [f"{self.x(x):.0f},{HEIGHT - y * scale:.1f}" for x, y in ceiling]
-        back = [f"{self.x(x):.0f},{HEIGHT - y * scale:.1f}" for x, y in reversed(floor)]
+        there = [f"{self.x(x):.0f},{HEIGHT - y * scale:.0f}" for x, y in ceiling]
+        back = [f"{self.x(x):.0f},{HEIGHT - y * scale:.0f}" for x, y in reversed(floor)]
         return f'<polygon points="{" ".join(there + back)}" fill="{colour}"/>'
 
 
@@ -142,8 +142,10 @@ def _memory_card(frame: _Frame, buckets: Sequence[Bucket], start: StartRecord) -
 def _batch_card(
     frame: _Frame, buckets: Sequence[Bucket], changes: Iterable[BatchChangeRecord]
 ) -> str:
-    whole = _staircase([(b.step, math.log2(b.global_batch_size or 1)) for b in buckets])
-    micro = _staircase([(b.step, math.log2(b.microbatch_size or 1)) for b in buckets])
+    sizes = settled([bucket.global_batch_size for bucket in buckets])
+    micro_sizes = settled([bucket.microbatch_size for bucket in buckets])
+    whole = _staircase(buckets, sizes)
+    micro = _staircase(buckets, micro_sizes)
     low = min(y for _, y in micro + whole) - 0.5
     high = max(y for _, y in whole + micro) + 0.5
     marks = []
@@ -159,21 +161,21 @@ def _batch_card(
     drawing = (
         "".join(marks) + frame.line(micro, low, high, ORANGE) + frame.line(whole, low, high, BLUE)
     )
-    last = buckets[-1]
-    micro_batches = -(-last.global_batch_size // max(1, last.microbatch_size))
-    now = q.batch(last.global_batch_size, last.microbatch_size, micro_batches)
+    now = q.batch(sizes[-1], micro_sizes[-1], -(-sizes[-1] // max(1, micro_sizes[-1])))
     key = [(BLUE, "global"), (ORANGE, "micro")] + [(GREEN, "decision"), (PURPLE, "yours")] * bool(
         marks
     )
     return _card("Batch", now, drawing, key)
 
 
-def _staircase(points: Curve) -> list[tuple[float, float]]:
-    corners = [points[0]]
-    for x, y in points[1:]:
-        if y != corners[-1][1]:
-            corners += [(x, corners[-1][1]), (x, y)]
-    return [*corners, (points[-1][0], corners[-1][1])]
+def _staircase(buckets: Sequence[Bucket], sizes: Sequence[int]) -> list[tuple[float, float]]:
+    """Return the corners, with the sizes as powers of two."""
+    corners = [(float(buckets[0].step), math.log2(sizes[0] or 1))]
+    for bucket, size in zip(buckets, sizes, strict=True):
+        height = math.log2(size or 1)
+        if height != corners[-1][1]:
+            corners += [(bucket.step, corners[-1][1]), (bucket.step, height)]
+    return [*corners, (buckets[-1].step, corners[-1][1])]
 
 
 def _time_card(frame: _Frame, buckets: Sequence[Bucket]) -> str:

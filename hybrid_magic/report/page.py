@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from ..run import Run
-from . import plots, tables
+from . import plots, series, tables
 from . import quantities as q
 
 DISPLAY_WIDTH_PX = 860  # the PNG holds more pixels than that, for sharp screens
@@ -52,7 +52,8 @@ def alt_text(run: Run) -> str:
     if run.peak_allocated_bytes is not None:
         said.append(f"Memory: at most {q.size(run.peak_allocated_bytes)}.")
     if len(run.history):
-        first, last = run.history[0].global_batch_size, run.history[-1].global_batch_size
+        first = run.history[0].global_batch_size
+        last = series.last_whole_step(run.history).global_batch_size
         said.append(f"Global batch: {q.count(first)} at the start, {q.count(last)} at the end.")
     if run.steps and run.seconds:
         each = q.duration(run.seconds / run.steps)

@@ -60,6 +60,8 @@ def figure(run: Run) -> Figure:
             draw(axes, run)
             axes.set_xlabel("optimizer step")
             axes.xaxis.get_major_locator().set_params(nbins=5, integer=True)
+            if axes.get_legend() is not None:
+                axes.get_legend().set_in_layout(False)
         sheet.draw_without_rendering()  # ticks and layout are settled while the style holds
     return sheet
 
@@ -93,7 +95,7 @@ def _loss(axes: Axes, run: Run) -> None:
             checks,
             color=VERMILLION,
             marker="o",
-            markersize=6,
+            markersize=6 if len(checks) < 15 else 3.5,
             linewidth=1.2,
             label="validation",
         )
@@ -148,7 +150,7 @@ def _memory(axes: Axes, run: Run) -> None:
         axes.text(
             0.02,
             0.97,
-            "↑ off the scale: " + ", ".join(above),
+            "↑ " + ", ".join(above),
             transform=axes.transAxes,
             va="top",
             fontsize=10.5,
@@ -167,8 +169,9 @@ def _sizes(axes: Axes, run: Run) -> None:
     if not len(run.history):
         _nothing(axes, "Batch sizes", "no step was taken")
         return
-    whole = series.stairs(run.history, lambda record: record.global_batch_size)
-    micro = series.stairs(run.history, lambda record: record.microbatch_size)
+    steps = [record.step for record in run.history]
+    whole = series.stairs(steps, [record.global_batch_size for record in run.history])
+    micro = series.stairs(steps, [record.microbatch_size for record in run.history])
     _curve(axes, whole, color=BLUE, drawstyle="steps-post", linewidth=2.2, label="global batch")
     _curve(axes, micro, color=ORANGE, drawstyle="steps-post", label="micro-batch")
     seen = [y for _, y in whole + micro]
@@ -178,20 +181,12 @@ def _sizes(axes: Axes, run: Run) -> None:
     )
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(min(seen) / 1.6, max(seen) * 3.2)
+    sized = [made for made in run.changes if made.what == "global"]
     kinds = (
-        ("grew", "^", GREEN, [made for made in run.changes if made.what == "global" and _up(made)]),
-        (
-            "shrank",
-            "v",
-            VERMILLION,
-            [made for made in run.changes if made.what == "global" and not _up(made)],
-        ),
-        (
-            "you asked",
-            "D",
-            PURPLE,
-            [made for made in run.changes if made.what in ("control", "precision")],
-        ),
+        ("grew", "^", GREEN, [made for made in sized if _up(made)]),
+        ("shrank", "v", VERMILLION, [made for made in sized if not _up(made)]),
+        ("you asked", "D", PURPLE, [made for made in run.changes if made.what == "control"]),
+        ("precision", "s", INK, [made for made in run.changes if made.what == "precision"]),
     )
     for name, marker, colour, made in kinds:
         if made:
@@ -206,7 +201,7 @@ def _sizes(axes: Axes, run: Run) -> None:
                 zorder=3,
                 label=name,
             )
-    _name_changes(axes, [made for made in run.changes if made.what == "global"], whole)
+    _name_changes(axes, sized, whole)
     first, last = whole[0][1], whole[-1][1]
     said = (
         f"Batch {q.count(first)} → {q.count(last)}"

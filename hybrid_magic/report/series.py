@@ -32,8 +32,8 @@ def finite_points(
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """Return an average over about a twenty-fifth of the run, unbiased at its start."""
-    keep = 1 - 1 / max(1.0, len(points) / 25)
+    """Return an average over about a sixtieth of the run, unbiased at its start."""
+    keep = 1 - 1 / max(1.0, len(points) / 60)
     total = weight = 0.0
     smooth = []
     for x, y in points:
@@ -54,14 +54,29 @@ def thinned(points: Sequence[Point]) -> Sequence[Point]:
     return kept
 
 
-def stairs(history: Sequence[StepRecord], read: Callable[[StepRecord], int]) -> list[Point]:
-    """Return the corners of a staircase: the first record, each change, the last."""
-    last = len(history) - 1
+def settled(sizes: Sequence[int]) -> list[int]:
+    """Return batch sizes without the dips that come back at once.
+
+    An epoch's last, smaller batch and a step that was cut to measure the noise scale are no
+    decisions: dips of up to two steps are filled (a morphological closing over five).
+    """
+    highest = [max(sizes[max(0, at - 2) : at + 3]) for at in range(len(sizes))]
+    return [min(highest[max(0, at - 2) : at + 3]) for at in range(len(sizes))]
+
+
+def stairs(steps: Sequence[int], sizes: Sequence[int]) -> list[Point]:
+    """Return the corners of the staircase of settled sizes: the first, each change, the last."""
+    whole, last = settled(sizes), len(sizes) - 1
     return [
-        (record.step, float(read(record)))
-        for at, record in enumerate(history)
-        if at in (0, last) or read(record) != read(history[at - 1])
+        (float(steps[at]), float(size))
+        for at, size in enumerate(whole)
+        if at in (0, last) or size != whole[at - 1]
     ]
+
+
+def last_whole_step(history: Sequence[StepRecord]) -> StepRecord:
+    """Return the last step that was not the small rest of an epoch, nor cut to measure."""
+    return max(history[-3:], key=lambda record: (record.global_batch_size, record.microbatch_size))
 
 
 def height_at(corners: Sequence[Point], step: float) -> float:

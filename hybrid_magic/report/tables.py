@@ -7,13 +7,15 @@ needs no style sheet: it reads well where styles are stripped, and takes its col
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from html import escape
 
-from ..records import BatchChangeRecord, StepRecord
+from ..records import StepRecord
 from ..run import Run
 from . import quantities as q
+from . import series
 
-LAST_DECISIONS = 5
+LAST_DECISIONS, LAST_VALIDATIONS = 5, 20
 WIDTH = 100  # columns of the text table
 
 _OUTCOMES = {
@@ -45,12 +47,12 @@ def facts(run: Run) -> list[tuple[str, str]]:
 
 
 def validations(run: Run) -> tuple[list[str], list[list[str]]]:
-    """Return the columns of the validation table, and a row of cells for each validation."""
+    """Return the columns of the validation table, and a row of cells for each of the last few."""
     columns = list(dict.fromkeys(name for metrics in run.metrics for name in metrics))
     cell = {"epoch": lambda number: f"{number:g}"}
     rows = [
         [cell.get(name, q.value)(metrics[name]) if name in metrics else "" for name in columns]
-        for metrics in run.metrics
+        for metrics in run.metrics[-LAST_VALIDATIONS:]
     ]
     return columns, rows
 
@@ -71,14 +73,14 @@ def text(run: Run) -> str:
     columns, rows = validations(run)
     if rows:
         widths = [max(len(cells[at]) for cells in [columns, *rows]) for at in range(len(columns))]
-        lines += ["", "validation"]
+        lines += ["", _title("validation", run.metrics, rows)]
         for cells in [columns, *rows]:
             lines.append(
                 "  " + "  ".join(cell.rjust(wide) for cell, wide in zip(cells, widths, strict=True))
             )
     made = decisions(run)
     if made:
-        lines += ["", _decisions_title(run.changes)]
+        lines += ["", _title("decision", run.changes, made)]
         wide = [max(len(row[at]) for row in made) for at in range(3)]
         for step, what, change, reason in made:
             head = f"  step {step:>{wide[0]}}  {what:<{wide[1]}}  {change:<{wide[2]}}  "
@@ -102,7 +104,10 @@ def html(run: Run) -> str:
     columns, rows = validations(run)
     if rows:
         heads = "".join(f'<th scope="col" {right}>{escape(name)}</th>' for name in columns)
-        parts += [_open_table("Validation"), f"<tr>{heads}</tr>"]
+        parts += [
+            _open_table(_title("validation", run.metrics, rows).capitalize()),
+            f"<tr>{heads}</tr>",
+        ]
         parts += [
             "<tr>" + "".join(f"<td {right}>{escape(cell)}</td>" for cell in row) + "</tr>"
             for row in rows
@@ -113,7 +118,10 @@ def html(run: Run) -> str:
         heads = "".join(
             f'<th scope="col" {left}>{name}</th>' for name in ("step", "what", "change", "why")
         )
-        parts += [_open_table(_decisions_title(run.changes).capitalize()), f"<tr>{heads}</tr>"]
+        parts += [
+            _open_table(_title("decision", run.changes, made).capitalize()),
+            f"<tr>{heads}</tr>",
+        ]
         parts += [
             "<tr>" + "".join(f"<td {left}>{escape(cell)}</td>" for cell in row) + "</tr>"
             for row in made
@@ -187,7 +195,7 @@ def _loss(run: Run) -> str:
 
 
 def _batches(run: Run) -> str:
-    first, last = run.history[0], run.history[-1]
+    first, last = run.history[0], series.last_whole_step(run.history)
     said = f"{_batch(first)} at the start"
     if _batch(first) != _batch(last):
         said += f", {_batch(last)} at the end"
@@ -199,8 +207,7 @@ def _batch(record: StepRecord) -> str:
     return q.batch(record.global_batch_size, record.microbatch_size, record.accumulation_steps)
 
 
-def _decisions_title(changes: list[BatchChangeRecord]) -> str:
-    shown = min(len(changes), LAST_DECISIONS)
-    return (
-        f"the last {shown} of {len(changes)} decisions" if shown < len(changes) else "the decisions"
-    )
+def _title(what: str, everything: Sequence[object], shown: Sequence[object]) -> str:
+    if len(shown) < len(everything):
+        return f"the last {len(shown)} of {q.count(len(everything))} {what}s"
+    return what if len(shown) == 1 else f"{what}s"

@@ -1,7 +1,8 @@
 """Trace: the curves of a run while it runs, in a fixed number of points however long it gets.
 
 Steps are averaged into buckets; when the buckets are full, neighbours are merged and each holds
-twice as many steps. The highest loss of a bucket is kept beside its mean, so that spikes survive.
+twice as many steps. The highest loss of a bucket is kept beside its mean, so that spikes survive;
+of batch sizes the largest, as an epoch's last batch and a measurement are smaller.
 """
 
 from __future__ import annotations
@@ -38,10 +39,8 @@ class Bucket:
             self.loss_sum += loss
             self.losses += 1
             self.loss_max = max(self.loss_max, loss)
-        self.global_batch_size, self.microbatch_size = (
-            record.global_batch_size,
-            record.microbatch_size,
-        )
+        self.global_batch_size = max(self.global_batch_size, record.global_batch_size)
+        self.microbatch_size = max(self.microbatch_size, record.microbatch_size)
         self.allocated_bytes = _larger(self.allocated_bytes, record.allocated_peak_bytes)
         self.reserved_bytes = _larger(self.reserved_bytes, record.reserved_peak_bytes)
         if record.step_s is not None:
@@ -60,10 +59,8 @@ class Bucket:
         self.loss_sum += later.loss_sum
         self.losses += later.losses
         self.loss_max = max(self.loss_max, later.loss_max)
-        self.global_batch_size, self.microbatch_size = (
-            later.global_batch_size,
-            later.microbatch_size,
-        )
+        self.global_batch_size = max(self.global_batch_size, later.global_batch_size)
+        self.microbatch_size = max(self.microbatch_size, later.microbatch_size)
         self.allocated_bytes = _larger(self.allocated_bytes, later.allocated_bytes)
         self.reserved_bytes = _larger(self.reserved_bytes, later.reserved_bytes)
         self.stage_sums_s = [

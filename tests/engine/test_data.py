@@ -25,7 +25,7 @@ from torch.utils.data import (
 )
 
 from hybrid_magic.engine import nested
-from hybrid_magic.engine.data import open_feed
+from hybrid_magic.engine.sampled import open_feed
 from hybrid_magic.errors import HybridMagicError
 from hybrid_magic.policy.facts import StepPlan
 

@@ -73,13 +73,17 @@ def test_a_line_becomes_a_checked_config():
         ),
         (
             "--seed -1",
-            "--seed is '-1'; wanted a whole number of at least 0; see %%hybrid_train? for "
-            "every option",
+            (
+                "--seed is '-1'; wanted a whole number of at least 0; see %%hybrid_train? for "
+                "every option"
+            ),
         ),
         (
             "--epochs=",
-            "--epochs is ''; wanted a whole number of at least 1; see %%hybrid_train? for "
-            "every option",
+            (
+                "--epochs is ''; wanted a whole number of at least 1; see %%hybrid_train? for "
+                "every option"
+            ),
         ),
     ],
 )

@@ -32,7 +32,7 @@ def refused(namespace, line: str = "", *, bare: bool = True) -> str:
 
 
 @pytest.fixture
-def notebook():
+def namespace():
     """Return a namespace with one model and one loader, and IPython's own names."""
     return {"_": make_net(), "Out": {}, "net": make_net(), "train_loader": make_loader()}
 
@@ -100,10 +100,12 @@ def test_models_that_are_all_frozen_are_named(namespace):
         ("resnet", "the notebook has no resnet; wanted the name of the model; "),
         (
             "net trainloader",
-            "the notebook has no trainloader; wanted the name of the loader; "
-            "did you mean train_loader?",
+            (
+                "the notebook has no trainloader; wanted the name of the loader; "
+                "did you mean train_loader?"
+            ),
         ),
-        ("--val test", "the notebook has no test; wanted the name of the validation loader; run the cell that "),
+        ("--val test", "the notebook has no test; wanted the name of the validation loader; run "),
         ("--optimizer optim", "the notebook has no optim; wanted the name of the optimizer; "),
         ("--loss loss_fn", "the notebook has no loss_fn; wanted the name of the criterion; "),
         ("--scheduler s", "the notebook has no s; wanted the name of the scheduler; "),

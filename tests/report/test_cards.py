@@ -32,7 +32,7 @@ def test_a_hundred_thousand_steps_stay_in_a_hundred_points_and_few_kilobytes():
     html = cards(trace, start_record(), changes)
     parsed(html)
     assert len(html) < 20_000
-    assert len(cards(trace, start_record(), ())) < 9_000
+    assert len(cards(trace, start_record(), ())) < 10_000
 
 
 def test_means_are_exact_and_spikes_survive_the_merging():

@@ -136,12 +136,17 @@ def test_thinning_keeps_the_highest_and_the_lowest_point():
     assert kept == sorted(kept)
 
 
-def test_a_staircase_keeps_every_corner():
-    records = [step_record(n, global_batch_size=64 if n < 5 else 96) for n in range(1, 10)]
-    corners = series.stairs(records, lambda record: record.global_batch_size)
-    assert corners == [(1, 64.0), (5, 96.0), (9, 96.0)]
-    assert series.height_at(corners, 4) == 64.0
-    assert series.height_at(corners, 5) == 96.0
+def test_a_staircase_keeps_every_corner_and_no_dip_that_comes_back():
+    sizes = [64, 64, 64, 64, 96, 96, 96, 32, 96, 96, 17]
+    corners = series.stairs(range(1, 12), sizes)
+    assert corners == [(1, 64), (5, 96), (11, 96)]
+    assert series.height_at(corners, 4) == 64
+    assert series.height_at(corners, 5) == 96
+
+
+def test_the_last_whole_step_is_not_the_rest_of_an_epoch():
+    records = [step_record(n, global_batch_size=size) for n, size in enumerate([64, 96, 96, 17])]
+    assert series.last_whole_step(records).global_batch_size == 96
 
 
 def test_a_validation_stands_where_its_epoch_ended():

@@ -1,0 +1,61 @@
+"""What a step's values and marks say: loss, norms, seconds by stage, the pair for the noise scale.
+
+Reads the device, once, when asked to; keeps nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .device import DeviceProbe
+from .step import StepResult
+
+
+@dataclass(slots=True)
+class Reading:
+    """One step, read. `noise` is (|g_small|^2, |g_large|^2, n_small, n_large) where measured."""
+
+    loss: float
+    norm: float
+    skipped: bool
+    forward_s: float
+    backward_s: float
+    optimizer_s: float
+    micro_s: tuple[float, ...]
+    noise: tuple[float, float, int, int] | None
+    logged: dict[str, float] | None
+
+
+def read(result: StepResult, probe: DeviceProbe) -> Reading:
+    """Return what `result` says, waiting for the device if it is not done with the step yet."""
+    values, marks, span = result.values(), result.marks, probe.seconds
+    loss, norm = values[0], math.hypot(*values[1 : 1 + result.gradients])
+    skipped = result.skipped
+    if skipped is None:  # the device decided, by the same rule
+        check = loss + norm
+        skipped = check - check != 0.0
+    forward = backward = 0.0
+    micro = []
+    for at in range(0, len(marks) - 2, 2):
+        ahead = span(marks[at], marks[at + 1])
+        back = span(marks[at + 1], marks[at + 2])
+        forward, backward = forward + ahead, backward + back
+        micro.append(ahead + back)
+    logged = None
+    if result.names:
+        logged = dict(zip(result.names, values[-len(result.names) :], strict=True))
+    noise = None if result.noise is None else _noise_pair(result, values)
+    optimizer = span(marks[-2], marks[-1])
+    return Reading(loss, norm, skipped, forward, backward, optimizer, tuple(micro), noise, logged)
+
+
+def _noise_pair(result: StepResult, values: list[float]) -> tuple[float, float, int, int]:
+    """Return (|g_small|^2, |g_large|^2, n_small, n_large) of a step that measured them."""
+    size = sum(result.sizes)
+    if result.noise == "pair":
+        this, before, both = values[1 + result.gradients :][:3]
+        return (this**2 + before**2) / 2, both**2, size, 2 * size
+    small, large = values[1 + result.gradients :][:2]
+    small /= result.first_weight
+    return small**2, large**2, result.sizes[0], size
