@@ -202,7 +202,7 @@ def _refuse_unbuilt(config: TrainConfig) -> None:
         "--processes": config.processes != 1,
     }
     for flag in (flag for flag, given in asked.items() if given):
-        raise ConfigError(f"{flag} is not built yet in this version; leave it out")
+        raise ConfigError(f"{flag} is not built yet; no run was started; leave it out")
 
 
 def _refuse_contradictions(config: TrainConfig) -> None:

@@ -23,7 +23,8 @@ GROUND = {"errors", "config", "records"}
 MAY_IMPORT = {
     "errors": set(),
     "records": set(),
-    "config": {"errors"},
+    "option_values": set(),
+    "config": {"errors", "option_values"},
     "datasets": {"errors"},
     "policy": GROUND,
     "run": {"errors", "records", "report"},
@@ -37,7 +38,7 @@ MAY_IMPORT = {
 FRONT_ENDS = {"IPython", "ipywidgets", "ipykernel", "traitlets", "comm", "jupyter_client"}
 DRAWING = {"matplotlib", "tqdm"}
 GAUGES = {"psutil", "pynvml"}
-WITHOUT_TORCH = {"errors", "config", "records", "run", "policy", "report", "telemetry"}
+WITHOUT_TORCH = {"errors", "option_values", "config", "records", "run", "policy", "report", "telemetry"}
 
 
 @dataclass(frozen=True)
