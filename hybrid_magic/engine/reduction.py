@@ -50,7 +50,8 @@ class Reduction:
         target = target[..., self.shift :] if self.shift else target
         kept = target != self.ignore_index
         if self.class_weight is None:
-            return float(torch.count_nonzero(kept))
+            # targets on the host are counted there, by NumPy: no device is read for them
+            return float(kept.numpy().sum() if kept.device.type == "cpu" else kept.sum())
         return float(self.class_weight.to(target.device, torch.float64)[target[kept]].sum())
 
 

@@ -6,6 +6,7 @@ code keeps its traceback, at the line of their cell.
 
 from __future__ import annotations
 
+import os
 import pathlib
 from collections.abc import Callable
 from types import TracebackType
@@ -19,7 +20,7 @@ from . import arguments
 
 MAGICS = ("hybrid_train",)
 _ENDED = "the run ended at a whole step; hm.last_run holds it"
-_PACKAGE = str(pathlib.Path(__file__).parent.parent)
+_PACKAGE = os.path.join(pathlib.Path(__file__).parent.parent, "")
 
 
 class Interrupted(KeyboardInterrupt):

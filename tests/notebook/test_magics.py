@@ -181,6 +181,13 @@ def test_tab_completes_options_choices_and_names(notebook, line, offered):
     assert notebook.value(f"offers({cell!r}, {len(line)})")[: len(offered)] == offered
 
 
+def test_a_model_that_was_left_in_eval_mode_trains_and_is_left_so(notebook):
+    notebook.run("net.eval()")
+    ran = notebook.run("%hybrid_train -o run")  # its BatchNorm must be seen: no micro-batch of 1
+    assert ran.error is None, ran.out
+    assert not any(notebook.value("modes(net)"))
+
+
 # -- mistakes
 
 MISTAKES = {
@@ -300,7 +307,7 @@ MISTAKES = {
     "an option's name": ("", "%hybrid_train --ephocs 3", "there is no option --ephocs; did you "),
     "an option's value": ("", "%hybrid_train --epochs many", "--epochs is 'many'; wanted a whole "),
     "a name for the run": ("", "%hybrid_train -o my-run", "-o is 'my-run'; wanted a name such as "),
-    "an option to come": ("", "%hybrid_train --resume", "--resume is not built yet; "),
+    "an option to come": ("", "%hybrid_train --resume", "--resume is not built yet"),
     "a seed and a mistake": (
         "",
         "%hybrid_train nett --seed 1",
@@ -394,7 +401,7 @@ def test_a_mistake_leaves_the_run_before_as_the_last_one(notebook):
         ),
         (
             "net.add_module('bad', nn.Linear(7, 7))",
-            "%hybrid_train --precision fp32 -o run",
+            "%hybrid_train --precision fp32 --micro 8 -o run",
             "RuntimeError",
             "",
         ),
@@ -406,9 +413,9 @@ def test_an_error_in_the_persons_code_keeps_its_traceback_and_leaves_a_whole_ste
     notebook.run(f"{setup}\nnet[1].eval()\nnet.eval()\nnet[3].train()\nhm_modes = modes(net)")
     ran = notebook.run(cell)
     assert ran.error == error
-    assert f"> {line}"[2:] in ran.out
-    assert PACKAGE not in ran.out
-    assert "hybrid_magic/engine" not in ran.out
+    assert line in ran.out
+    for ours in ("notebook/magics.py", "engine/train.py", "engine/step.py"):
+        assert f"{PACKAGE}/{ours}" not in ran.out
     assert notebook.value("modes(net) == hm_modes")
     assert notebook.value("no_grads(net)")
     assert notebook.value("[run.outcome, hm.last_run is run]") == ["failed", True]
@@ -440,7 +447,7 @@ def test_an_interrupt_leaves_a_whole_step_and_the_run_and_the_next_one_goes_on(n
     assert notebook.value("no_grads(net) and not any(modes(net))")
     assert notebook.value("signal.getsignal(signal.SIGINT) is signal.default_int_handler")
     before = notebook.value("weights(net)")
-    assert notebook.run("%hybrid_train -o more").error is None
+    assert notebook.run("%hybrid_train --micro 8 -o more").error is None
     assert notebook.value("more.outcome") == "finished"
     assert notebook.value("weights(net)") != before
     assert notebook.value("{int(state['step']) for state in opt.state.values()}.pop()") == (
@@ -475,13 +482,13 @@ def test_a_second_interrupt_does_not_wait_and_still_leaves_a_whole_step(notebook
 
 def test_an_interrupt_before_the_first_step_says_that_nothing_was_trained(notebook):
     notebook.run("train_loader = make_loader(Pairs({2: press_ctrl_c}))")
-    before = notebook.value("fingerprint()")
+    before = notebook.value("[weights(net), modes(net)]")
     ran = notebook.run("%hybrid_train -o run")
     assert ran.error == "KeyboardInterrupt"
     assert "KeyboardInterrupt: nothing had been trained" in ran.out
     assert PACKAGE not in ran.out
     assert notebook.value("[hm.last_run, 'run' in globals()]") == [None, False]
-    assert notebook.value("fingerprint()") == before
+    assert notebook.value("[weights(net), modes(net)]") == before
 
 
 def test_an_interrupted_step_keeps_no_tensor_alive(notebook):
