@@ -19,7 +19,8 @@ class StartRecord:
 
     `samples_per_epoch` is None when the loader cannot tell; `epochs`, `steps` and `minutes` are the
     ends asked for, None where not asked. `memory_budget_bytes` is what `--memory` allows and
-    `device_bytes` what the device has; both None where the device cannot tell.
+    `device_bytes` what the device has; both None where the device cannot tell. `steered` says
+    whether the global batch is; the last three are what the policy begins with.
     """
 
     model: str
@@ -34,6 +35,10 @@ class StartRecord:
     memory_budget_bytes: int | None
     device_bytes: int | None
     parameters: int
+    steered: bool = True
+    max_batch_size: int | None = None
+    growth_factor: float | None = None
+    stability_threshold: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,14 +30,15 @@ T = TypeVar("T")
 class History(Sequence[StepRecord]):
     """The steps of a run, oldest first, thinned so that a million of them stay in bounded memory.
 
-    At most `limit` (5 or more) records are held. When that is reached the older ones are thinned:
-    of every six neighbours the lowest and the highest loss stay, and one without a loss to compare
-    (skipped, not a number), so that spikes and what came of them survive.
+    At most `limit` (5 or more) records are held. When that is reached, of every stretch of steps
+    the lowest and the highest loss stay, and one without a loss to compare (skipped, not a number),
+    so that spikes survive; as the run goes on the stretches become longer, all of them alike.
     """
 
     def __init__(self, limit: int = 4096) -> None:
         self._limit = limit
         self._records: list[StepRecord] = []
+        self._stretch = 8  # steps
         self.seen = 0  # records ever appended
 
     def append(self, record: StepRecord) -> None:
@@ -47,15 +48,16 @@ class History(Sequence[StepRecord]):
             self._thin()
 
     def _thin(self) -> None:
-        first, last, middle = self._records[0], self._records[-1], self._records[1:-1]
-        kept = [first]
-        for at in range(0, len(middle), 6):
-            group = middle[at : at + 6]
-            lost = [record for record in group if _lost(record)]
-            rest = sorted((r for r in group if not _lost(r)), key=lambda r: r.loss or 0.0)
-            stay = {record.step: record for record in (*lost[:1], *rest[:1], *rest[-1:])}
-            kept += sorted(stay.values(), key=lambda record: record.step)
-        self._records = [*kept, last]
+        first, *middle, last = self._records
+        while True:
+            stretches: dict[int, list[StepRecord]] = {}
+            for record in middle:
+                stretches.setdefault(record.step // self._stretch, []).append(record)
+            middle = [record for group in stretches.values() for record in _extremes(group)]
+            if len(middle) + 2 <= max(5, self._limit * 3 // 4):
+                break
+            self._stretch *= 2
+        self._records = [first, *middle, last]
 
     def __getitem__(self, index: Any) -> Any:
         return self._records[index]
@@ -65,6 +67,13 @@ class History(Sequence[StepRecord]):
 
     def __iter__(self) -> Iterator[StepRecord]:
         return iter(self._records)
+
+
+def _extremes(records: list[StepRecord]) -> list[StepRecord]:
+    lost = [record for record in records if _lost(record)]
+    rest = sorted((r for r in records if not _lost(r)), key=lambda r: r.loss or 0.0)
+    stay = {record.step: record for record in (*lost[:1], *rest[:1], *rest[-1:])}
+    return sorted(stay.values(), key=lambda record: record.step)
 
 
 def _lost(record: StepRecord) -> bool:

@@ -9,6 +9,7 @@ Knows nothing of the package: it executes the notebook as a person's Jupyter wou
 from __future__ import annotations
 
 import base64
+import os
 import pathlib
 import sys
 import time
@@ -82,6 +83,8 @@ def main(arguments: list[str]) -> int:
     if arguments not in ([], ["--keep"]):
         print(f"demo.py was given {arguments}; wanted nothing or --keep", file=sys.stderr)
         return 2
+    # Networks this small gain nothing from a second thread, and on a busy machine they wait for it.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     began = time.perf_counter()
     error = execute(notebook)

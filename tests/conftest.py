@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 
 import pytest
 from hypothesis import settings
+
+# Before torch is loaded: tensors this small gain nothing from a second thread, and on a busy
+# machine every operation waits for it (18 times as long, seen). Kernels that we start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shared two-core machine stalls now and then: a deadline would fail tests for the machine's sake.
 settings.register_profile("house", deadline=None, print_blob=True)

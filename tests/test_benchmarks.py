@@ -143,7 +143,8 @@ def test_every_read_of_a_value_is_counted_and_the_tensor_left_as_it_was():
     own = dict(torch.Tensor.__dict__)
 
     def work():
-        float(tensor), int(tensor), bool(tensor), tensor.item(), tensor.tolist(), tensor.numpy()
+        _ = float(tensor), int(tensor), bool(tensor)
+        _ = tensor.item(), tensor.tolist(), tensor.numpy()
         (tensor + tensor).sum()  # reads nothing
 
     assert measure.count_host_reads(work) == 6
@@ -168,7 +169,8 @@ def test_an_interval_holds_its_value_and_repeats():
 
 def test_a_digest_changes_with_any_file(tmp_path):
     one, two = tmp_path / "a.py", tmp_path / "b.py"
-    one.write_text("x"), two.write_text("y")
+    one.write_text("x")
+    two.write_text("y")
     before = measure.digest([one, two])
     assert before == measure.digest([two, one])
     two.write_text("z")

@@ -52,6 +52,7 @@ class TrainState:
         self.run, self.probe, self.feed = run, probe, feed
         self.step = self.samples = self.epoch = self.in_epoch = 0
         self._sink, self._control = sink, control
+        self.settings = settings
         self._steering = steering.init(settings)
         # Where nothing is left to be decided, the policy need not hear of every step.
         self._pinned = (

@@ -131,7 +131,7 @@ def open_state(
         schedule = ScheduleClock(task.scheduler, task.feed.base, batches, config.epochs)
         task.notes.append(f"scheduler: one step per {schedule.per} ({schedule.why})")
     state.schedule = schedule
-    state.emit(_start(task, config, probe, optimizer, ready.precision.name))
+    state.emit(_start(task, config, probe, optimizer, ready.precision.name, state.settings))
     for note in task.notes:
         state.emit(NoteRecord(note))
     if config.precision == "auto":
@@ -182,6 +182,7 @@ def _start(
     probe: DeviceProbe,
     optimizer: torch.optim.Optimizer,
     precision: str,
+    settings: steering.Settings,
 ) -> StartRecord:
     ends = (config.epochs, config.steps, config.minutes)
     return StartRecord(
@@ -197,6 +198,10 @@ def _start(
         memory_budget_bytes=probe.budget_bytes(config.memory),
         device_bytes=probe.total_bytes,
         parameters=sum(parameter.numel() for parameter in task.model.parameters()),
+        steered=settings.steered,
+        max_batch_size=settings.max_batch,
+        growth_factor=settings.growth_factor,
+        stability_threshold=settings.stability_threshold,
     )
 
 

@@ -158,14 +158,14 @@ class Panel:
                 "growth_factor",
                 "Growth factor",
                 "The most that the global batch grows by at once",
-                **_slider(1.0, 4.0, 0.05, 1.5, ".2f"),
+                **_slider(1.0, 4.0, 0.05, start.growth_factor or 1.5, ".2f"),
             ),
             self._setting(
                 W.FloatLogSlider,
                 "stability_threshold",
                 "Stable below",
                 "The relative spread of the loss under which it counts as stable",
-                **_slider(-3, 1, 0.1, 0.1, ".3g"),
+                **_slider(-3, 1, 0.1, start.stability_threshold or 0.25, ".3g"),
             ),
         ]
 
