@@ -165,29 +165,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
 
+    seeds = f"0 to {arguments.seeds - 1}"
+    facts = measure.environment("python -m benchmarks.accuracy", seeds)
     path = arguments.results / "accuracy.jsonl"
     works = [WORKS[name] for name in arguments.work or WORKS]
-    done, wanted = load(path), list(jobs(works, arguments))
+    wanted = list(jobs(works, arguments))
+    if not arguments.report:
+        train_missing(path, wanted, arguments.variant or VARIANTS)
+    done = load(path)
+    rows = [done[identity(key)] for key in wanted if identity(key) in done]
+    if rows:
+        loads = [row["load"] for row in rows if row.get("load") is not None]
+        facts["load"] = f"{min(loads)} to {max(loads)}" if loads else None
+        page = report(summarise(rows), facts)
+        (arguments.results / "accuracy.md").write_text(page)
+        print(page)
+
+
+def train_missing(path: pathlib.Path, wanted: Sequence[Row], variants: Sequence[str]) -> None:
+    """Train and write the wanted runs of `variants` that `path` does not hold yet."""
+    done = load(path)
     for key in wanted:
-        if arguments.report or identity(key) in done:
+        if identity(key) in done or key["variant"] not in variants:
             continue
-        if key["variant"] not in (arguments.variant or VARIANTS):
-            continue
+        before = measure.system_load()
         work = WORKS[key["work"]]
-        row = key | train(work, key["optimizer"], key["variant"], key["seed"], key["epochs"])
+        found = train(work, key["optimizer"], key["variant"], key["seed"], key["epochs"])
+        row = key | found | {"load": before}
         write(path, row)
         print(
             f"{row['work']:12} {row['optimizer']:6} {row['variant']:7} seed {row['seed']}  "
             f"{row['accuracy']:.1f} %  {row['optimizer_steps']} steps  {row['cpu_s']:.1f} s CPU",
             flush=True,
         )
-    done = load(path)
-    rows = [done[identity(key)] for key in wanted if identity(key) in done]
-    if rows:
-        seeds = f"0 to {arguments.seeds - 1}"
-        page = report(summarise(rows), measure.environment("python -m benchmarks.accuracy", seeds))
-        (arguments.results / "accuracy.md").write_text(page)
-        print(page)
 
 
 if __name__ == "__main__":

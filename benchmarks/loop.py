@@ -185,17 +185,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     blocks = arguments.blocks or (3 if arguments.quick else 15)
     scale = (arguments.steps or MLP_STEPS / (10 if arguments.quick else 1)) / MLP_STEPS
 
+    facts = measure.environment("python -m benchmarks.loop", f"{SEED}, {blocks} blocks")
     rows: list[Row] = []
     works = [WORKS[number] for number in arguments.work or range(len(WORKS))]
     for work in works:
         rows += measure_work(work, int(work.steps * scale), blocks)
-    loader = next(work for work in works)
-    rows += time_loops(
-        loader, int(loader.steps * scale), blocks, None, "as it comes, ", **AS_IT_COMES
-    )
-    rows.append(growth(works[0], int(20 * works[0].steps * scale)))
+    first, steps = works[0], int(works[0].steps * scale)
+    rows += time_loops(first, steps, blocks, None, "as it comes: ", **AS_IT_COMES)
+    rows.append(growth(first, 10 * steps))
 
-    facts = measure.environment("python -m benchmarks.loop", f"{SEED}, {blocks} blocks")
     text = page(rows, facts)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     saved = {"environment": facts, "rows": rows}

@@ -158,11 +158,15 @@ def package_digest() -> str:
 
 
 def environment(command: str, seed: str) -> dict[str, Any]:
-    """Return what a reader must know to place a number: machine, versions, seed, command."""
+    """Return what a reader must know to place a number: machine, versions, seed, command.
+
+    To be called when a program starts: the sources may change while it runs.
+    """
     return {
         "machine": _processor(),
         "cores": len(_cores()),
         "threads": torch.get_num_threads(),
+        "load": system_load(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -171,6 +175,11 @@ def environment(command: str, seed: str) -> dict[str, Any]:
         "seed": seed,
         "command": command,
     }
+
+
+def system_load() -> float | None:
+    """Return how many programs wanted a core in the last minute, None where no one says."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
 
 
 def _cores() -> Sequence[int]:

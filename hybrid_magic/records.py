@@ -43,8 +43,7 @@ class StartRecord:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One optimizer step. `loss` is the mean over the step's samples (valid targets where "
-    "counted)."""
+    """One optimizer step; `loss` is the mean over its samples (valid targets where counted)."""
 
     step: int
     samples_seen: int
@@ -83,8 +82,7 @@ class BatchChangeRecord:
 
 @dataclass(frozen=True, slots=True)
 class ValidationRecord:
-    """One pass over the validation loader: `metrics` holds `epoch`, `loss` and every logged "
-    "mean."""
+    """One pass over the validation loader: `epoch`, `loss` and every logged mean."""
 
     step: int
     metrics: dict[str, float]
@@ -92,8 +90,7 @@ class ValidationRecord:
 
 @dataclass(frozen=True, slots=True)
 class NoteRecord:
-    """One sentence that the person should read: what was inferred, what could not be done and "
-    "why."""
+    """One sentence that the person should read: what was inferred, or could not be done."""
 
     text: str
 

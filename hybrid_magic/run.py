@@ -11,7 +11,6 @@ import json
 import math
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -176,19 +175,16 @@ class Run:
             "environment": self.environment,
             "notes": self.notes,
         }
-        handle, name = tempfile.mkstemp(
-            dir=target.parent or ".", prefix=target.name, suffix=".part"
-        )
+        part = target.with_name(f"{target.name}.{os.getpid()}.part")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
+            with open(part, "w", encoding="utf-8") as file:
                 for line in (head, *map(records.as_json, self._records())):
                     file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(name, target)
-        except BaseException:
-            os.unlink(name)
-            raise
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
 
     def _records(self) -> Iterator[records.Record]:
         if self.start is not None:

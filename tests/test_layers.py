@@ -38,7 +38,7 @@ MAY_IMPORT = {
 FRONT_ENDS = {"IPython", "ipywidgets", "ipykernel", "traitlets", "comm", "jupyter_client"}
 DRAWING = {"matplotlib", "tqdm"}
 GAUGES = {"psutil", "pynvml"}
-WITHOUT_TORCH = {"errors", "option_values", "config", "records", "run", "policy", "report", "telemetry"}
+WITHOUT_TORCH = GROUND | {"option_values", "run", "policy", "report", "telemetry"}
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Feed(Protocol):
     """Steps of data, an epoch at a time.
 
     `base` is the loader's batch, `samples` those of an epoch (None: unknown), `most` the largest
-    possible micro-batch (None: any), `once` says that there is no second epoch, `drawn_apart` that
+    possible micro-batch (None: any), `drawn_apart` says that
     reading on draws nothing from the random generators that the model shares.
     """
 
@@ -54,7 +54,6 @@ class Feed(Protocol):
     samples: int | None
     most: int | None
     note: str | None
-    once: bool
     drawn_apart: bool
 
     def epoch(self, planner: Planner) -> Iterator[StepData]:
@@ -77,7 +76,6 @@ class SplitFeed:
         self._loader, self._name = loader, name
         self.note: str | None = None
         stream = iter(loader)
-        self.once = stream is loader
         try:
             first = next(stream)
         except StopIteration:

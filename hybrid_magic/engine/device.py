@@ -75,8 +75,7 @@ class DeviceProbe:
         """Wait until the device's queued work is done."""
 
     def budget_bytes(self, memory: float | int) -> int | None:
-        """Return the bytes that `--memory` allows: a fraction of what this process can have, "
-        "or itself."""
+        """Return what `--memory` allows: a fraction of what this process can have, or bytes."""
         if isinstance(memory, int) and memory > 1:
             return memory
         return (

@@ -35,7 +35,7 @@ def evaluate(state: StepState, loader: Any) -> dict[str, float]:
                 share = n if reduction.kind == "sum" else weight
                 for name, value, factor, count in [
                     ("loss", loss, weight, share),
-                    *((name, value, n, n) for name, value in logged.items()),
+                    *((name, value, n, n) for name, value in logged.items() if name != "loss"),
                 ]:
                     value = torch.as_tensor(value, dtype=torch.float32, device=loss.device).mean()
                     total, seen = sums.get(name, (0.0, 0.0))

@@ -99,8 +99,7 @@ def _set_format(model: nn.Module, memory_format: Any) -> None:
 
 
 class Interrupts:
-    """Holds the first Ctrl-C back until the step in hand is whole; a second one is not held "
-    "back."""
+    """Holds the first Ctrl-C back until the step in hand is whole, and no second one."""
 
     def __init__(self) -> None:
         self.hit = False
@@ -157,6 +156,17 @@ class RandomState:
             torch.mps.set_rng_state(self._accelerator)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
+
+
+@contextlib.contextmanager
+def random_state_kept_on_error() -> Iterator[None]:
+    """Put the host's random generators back when what is done here is refused or interrupted."""
+    found = RandomState(torch.device("cpu"))
+    try:
+        yield
+    except BaseException:
+        found.put_back()
+        raise
 
 
 def seed_everything(seed: int) -> None:

@@ -65,6 +65,7 @@ class TrainState:
         self._steps = config.steps
         self._seconds = None if config.minutes is None else 60 * config.minutes
         self._pending: deque[tuple[int, int, StepResult, float, float]] = deque()
+        self.begun = False  # the person's own code was called
         self._begun = 0.0
         self._not_training = 0.0  # seconds of validation and of pauses
         self._noise_scale: float | None = None
@@ -214,14 +215,11 @@ class TrainState:
     # -- epochs and the end --
 
     def begin_epoch(self, epoch: int) -> None:
+        """Begin an epoch, counted from 0; the first one starts the clock."""
         self.epoch, self.in_epoch = epoch, 0
         if epoch == 0:
             self._begun = time.perf_counter()
             self.probe.reset_peak()
-            return
-        sampler = getattr(getattr(self.feed, "_sampler", None), "set_epoch", None)
-        if callable(sampler):
-            sampler(epoch)
 
     def end_epoch(self, val: Any) -> bool:
         """Validate, advance the schedule, and return whether this was the last epoch."""
@@ -238,7 +236,8 @@ class TrainState:
     def _validate(self, val: Any) -> dict[str, float]:
         start = time.perf_counter()
         with self.interrupts.at_once():
-            metrics = {"epoch": self.epoch + 1, **evaluate(self.step_state, val)}
+            epoch = {"epoch": self.epoch + 1}
+            metrics = epoch | evaluate(self.step_state, val) | epoch  # first, and never a mean
         taken = time.perf_counter() - start
         self._not_training += taken
         self.run.validation_seconds += taken
@@ -269,7 +268,7 @@ class TrainState:
         finally:
             run.steps, run.samples_seen = self.step, self.samples
             run.seconds = self._trained()
-            if run.start is not None:
+            if self.begun:
                 runs.last_run = run
         if out_of_memory:  # told outside the handler, so that nothing holds the failed tensors
             raise HybridMagicError(self._out_of_memory)

@@ -166,8 +166,7 @@ def _targets(call: _Call, batch: Any) -> Reduction | None:
 
 
 def _same(flat: torch.Tensor, leaf: torch.Tensor, ignore_index: int) -> bool:
-    """Return whether `flat` holds `leaf`'s targets in order, whatever ignored ones stand "
-    "between."""
+    """Return whether `flat` holds `leaf`'s targets in order, ignored ones aside."""
     if flat.numel() == leaf.numel():
         return bool(torch.equal(flat, leaf.reshape(-1)))
     kept = leaf.reshape(-1)

@@ -65,7 +65,6 @@ class SampledFeed:
 
     most: int | None = None
     note: str | None = None
-    once = False
 
     def __init__(self, loader: DataLoader[Any], workers: int | None, pin: bool) -> None:
         cut: Any = loader.batch_sampler
@@ -178,8 +177,7 @@ def _whole(order: Iterator[int], size: int) -> Iterator[int]:
 
 
 def _plain_tensors(loader: DataLoader[Any]) -> tuple[list[torch.Tensor], list[int] | None] | None:
-    """Return the tensors that the loader indexes and the order of its subset, None for other "
-    "datasets."""
+    """Return the tensors that the loader indexes and its subset's order, None for others."""
     dataset, order = loader.dataset, None
     if loader.collate_fn is not default_collate:
         return None

@@ -74,8 +74,7 @@ def _clock(scheduler: Any, batches: int | None, epochs: int | None) -> tuple[str
 
 
 def _horizon(scheduler: Any) -> int | None:
-    """Return the number of its own steps that the scheduler's curve spans, None when it has "
-    "none."""
+    """Return how many of its own steps the scheduler's curve spans, None when it has no end."""
     parts = getattr(scheduler, "_schedulers", None)
     if parts:  # SequentialLR, ChainedScheduler
         spans = [span for span in map(_horizon, parts) if span is not None]

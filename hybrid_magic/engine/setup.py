@@ -78,8 +78,7 @@ def settings_for(
 
 
 def _may_scale_losses(config: TrainConfig, probe: DeviceProbe) -> bool:
-    """Return whether the run may compute in fp16, whose first steps overflow as a matter of "
-    "course."""
+    """Return whether the run may compute in fp16, whose first steps overflow as a rule."""
     if config.precision != "auto":
         return config.precision == "fp16"
     return "fp16" in (precisions.native(probe.device)[0], precisions.worth_measuring(probe.device))
@@ -119,7 +118,9 @@ def open_state(
         batch_statistics=has_batch_statistics(task.model),
         mover=mover_for(probe.device),
     )
-    ready.precision, reason = _choose_precision(ready, config, first)
+    state.begun = True
+    with state.interrupts.at_once():
+        ready.precision, reason = _choose_precision(ready, config, first)
     if stack.enter_context(fast_formats(task.model, ready.precision, probe.device)):
         ready.mover = mover_for(probe.device, channels_last=True)
     ready.skip_on_device = probe.late and all(
@@ -170,7 +171,9 @@ def _measure_sizes(ready: StepState, state: TrainState, first: StepData) -> None
     if count(batch) != size or size < 16:
         return
     sizes = (max(2, size // 8), size // 4, size // 2)
-    cut = state.learn(rehearse.measure_sizes(ready, batch, sizes), size)
+    with state.interrupts.at_once():
+        points = rehearse.measure_sizes(ready, batch, sizes)
+    cut = state.learn(points, size)
     ends = list(itertools.accumulate(cut))
     first.batches = [rows(batch, end - n, end) for n, end in zip(cut, ends, strict=True)]
     first.sizes = list(cut)

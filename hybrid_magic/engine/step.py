@@ -141,7 +141,14 @@ def forward(state: StepState, batch: Any) -> tuple[Tensor, dict[str, Any]]:
 def _log(logged: dict[str, Tensor], extra: dict[str, Any], share: float, device: Any) -> None:
     """Add `share` of each value to the step's mean of it, without reading it."""
     for name, value in extra.items():
-        part = torch.as_tensor(value, dtype=torch.float32, device=device).detach().mean() * share
+        try:
+            part = torch.as_tensor(value, dtype=torch.float32, device=device).detach().mean()
+        except (TypeError, ValueError, RuntimeError):
+            raise HybridMagicError(
+                f"{name} to be logged is a {type(value).__name__}; wanted a number or a tensor; "
+                "leave it out of --log"
+            ) from None
+        part = part * share
         logged[name] = part if name not in logged else logged[name] + part
 
 

@@ -83,15 +83,14 @@ def describe(
             "has its own "
             "learning rate; leave --lr out, or set it in the optimizer"
         )
+    if hasattr(loader, "__next__") and (config.epochs or 1) > 1:
+        raise HybridMagicError(
+            f"{called['loader']} can be read only once, and --epochs is {config.epochs}; wanted "
+            "something that can be read again; make it a list or a DataLoader"
+        )
     device = choose_device(config.device, model)
     pin = device.type == "cuda"
     feed = open_feed(loader, called["loader"], workers=config.workers, pin=pin)
-    if feed.once and (config.epochs or 1) > 1:
-        raise HybridMagicError(
-            f"{called['loader']} can be read only once, and --epochs is {config.epochs}; wanted "
-            "something "
-            "that can be read again; make it a list or a DataLoader"
-        )
     task = Task(model, device, feed, step, loss, optimizer, scheduler, val, called)
     if feed.note:
         task.notes.append(feed.note)
@@ -178,11 +177,8 @@ def infer_step(task: Task, batch: Any) -> tuple[Compute, str]:
     if not (
         isinstance(batch, (list, tuple)) and len(batch) == 2 and isinstance(batch[1], torch.Tensor)
     ):
-        held = (
-            f"{type(batch).__name__} of {len(batch)}"
-            if hasattr(batch, "__len__")
-            else type(batch).__name__
-        )
+        kind = type(batch).__name__
+        held = f"{kind} of {len(batch)}" if isinstance(batch, (list, tuple)) else kind
         raise HybridMagicError(
             f"a batch of {task.names['loader']} is a {held}; wanted (x, y) with a tensor y, or "
             "keywords of a "
@@ -253,9 +249,12 @@ def _mean_squared_error(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def has_batch_statistics(model: nn.Module) -> bool:
-    """Return whether a layer in train mode learns statistics of the batch it sees (BatchNorm)."""
-    norms = (nn.modules.batchnorm._BatchNorm,)
-    return any(isinstance(module, norms) and module.training for module in model.modules())
+    """Return whether a layer learns, once training, statistics of the batch it sees (BatchNorm).
+
+    A layer in eval mode of a model in train mode was frozen by the person and stays so.
+    """
+    norms = [part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    return any(norm.training or not model.training for norm in norms)
 
 
 def check_first_batch(task: Task, batches: list[Any]) -> None:

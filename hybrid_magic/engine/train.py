@@ -23,7 +23,7 @@ from .control import RunControl
 from .data import StepData
 from .device import probe_for
 from .prefetch import one_step_ahead
-from .prepare import Interrupts, RandomState, prepared, seed_everything
+from .prepare import Interrupts, prepared, random_state_kept_on_error, seed_everything
 from .progress import TrainState
 from .setup import environment, make_optimizer, open_state, settings_for
 from .step import Compute, train_step
@@ -71,27 +71,27 @@ def train(
         if value is not None:
             options[name] = (names or {}).get(name) or type(value).__name__
     config = TrainConfig.from_options(options)
-    if config.seed is not None:
-        seed_everything(config.seed)
-    task = describe(
-        model,
-        loader,
-        step,
-        config,
-        optimizer=optimizer,
-        val=val,
-        loss=loss,
-        scheduler=scheduler,
-        names=names,
-    )
-    task.notes[:0] = found
-    probe = probe_for(task.device)
-    run = Run(config=config.as_json(), environment=environment(probe))
-    optimizer = make_optimizer(task, config, probe)
-    state = TrainState(
-        run, sink, control, config, probe, settings_for(task, config, probe, optimizer), task.feed
-    )
-    stream, first = _first_step(task, state)
+    with random_state_kept_on_error():
+        if config.seed is not None:
+            seed_everything(config.seed)
+        task = describe(
+            model,
+            loader,
+            step,
+            config,
+            optimizer=optimizer,
+            val=val,
+            loss=loss,
+            scheduler=scheduler,
+            names=names,
+        )
+        task.notes[:0] = found
+        probe = probe_for(task.device)
+        run = Run(config=config.as_json(), environment=environment(probe))
+        optimizer = make_optimizer(task, config, probe)
+        limits = settings_for(task, config, probe, optimizer)
+        state = TrainState(run, sink, control, config, probe, limits, task.feed)
+        stream, first = _first_step(task, state)
     with ExitStack() as stack:
         stack.callback(task.feed.close)
         stack.enter_context(prepared(model, optimizer, task.criterion, probe.device))
@@ -103,20 +103,16 @@ def train(
 
 
 def _first_step(task: Task, state: TrainState) -> tuple[Iterator[StepData], StepData]:
-    """Draw the first step's samples, before anything is changed: a broken loader is told of "
-    "here."""
-    found = RandomState(state.probe.device)
+    """Draw the first step's samples before anything is changed: here a broken loader is told."""
     stream = task.feed.epoch(state.plan)
     try:
         first = next(stream, None)
     except Exception as error:
-        found.put_back()
         task.feed.close()
         why = str(error).strip().splitlines() or [""]
         raise HybridMagicError(
             f"{task.names['loader']} failed on its first batch ({type(error).__name__}: "
-            f"{why[-1]}); wanted a "
-            "loader that yields batches; look at it with next(iter(...))"
+            f"{why[-1]}); wanted a loader that yields batches; look at it with next(iter(...))"
         ) from error
     if first is None:
         raise HybridMagicError(

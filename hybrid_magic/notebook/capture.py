@@ -98,8 +98,7 @@ def _look_up(name: str, namespace: Mapping[str, Any], role: str) -> Any:
 
 
 def _distinct(namespace: Mapping[str, Any], fits: Callable[[Any], bool]) -> dict[str, Any]:
-    """Return the names whose values fit, the first name of each object, IPython's own names "
-    "left out."""
+    """Return the names whose values fit, the first of each object, IPython's own left out."""
     seen: set[int] = set()
     found: dict[str, Any] = {}
     for name, value in namespace.items():

@@ -14,8 +14,7 @@ from hybrid_magic.engine.prefetch import Mover
 
 
 class SimulatedProbe(DeviceProbe):
-    """A CPU that reports as a GPU does: values read late, peak = fixed + per_sample * largest "
-    "batch."""
+    """A CPU that reports as a GPU does: late, and peak = fixed + per_sample * largest batch."""
 
     late = True
 

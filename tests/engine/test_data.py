@@ -1,5 +1,4 @@
-"""P2: every sample once, in the loader's own order, at any sequence of sizes; loaders are not "
-"changed."""
+"""P2: every sample once, in the loader's own order, at any sequence of sizes."""
 
 from __future__ import annotations
 

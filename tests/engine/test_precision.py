@@ -1,5 +1,4 @@
-"""Which precision `auto` takes on which device, and that mixed precision trains what fp32 "
-"trains."""
+"""Which precision `auto` takes where, and that mixed precision trains what fp32 trains."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""P6: a scheduler sees the learning-rate curve over samples that the plain loop would have "
-"given it."""
+"""P6: a scheduler sees the learning-rate curve over samples that the plain loop gives it."""
 
 from __future__ import annotations
 

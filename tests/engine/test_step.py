@@ -1,5 +1,4 @@
-"""P4, P5 and the bounds of one step: what never reaches the weights, and how often the host "
-"reads."""
+"""P4, P5 and one step's bounds: what never reaches the weights, how often the host reads."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain import differences, mlp, vectors
+from plain import cnn, differences, images, mlp, vectors
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -222,3 +222,34 @@ def test_a_seed_makes_a_run_repeatable() -> None:
         hm.train(model, data, seed=7, precision="fp32", batch="fixed", micro=8)
         trained.append(model)
     assert differences(*trained) == []
+
+
+def test_a_model_left_in_eval_mode_still_has_batch_statistics() -> None:
+    model = cnn().eval()
+    data = DataLoader(TensorDataset(*images(40)), batch_size=8)
+    run = hm.train(model, data, precision="fp32")
+    assert min(record.microbatch_size for record in run.history) >= 8
+
+
+def test_a_seed_of_a_refused_run_moves_no_random_number() -> None:
+    model, data = frozen(), loader()
+    found = torch.get_rng_state()
+    with pytest.raises(hm.HybridMagicError):
+        hm.train(model, data, seed=5)
+    assert torch.equal(torch.get_rng_state(), found)
+
+
+def test_what_is_logged_must_be_a_number_and_never_stands_for_the_epoch_or_the_loss() -> None:
+    def compute(model: Any, batch: Any) -> Any:
+        loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+        return loss, {"epoch": 70.0, "loss": 70.0}
+
+    run = hm.train(mlp(), loader(), compute, val=loader(), batch="fixed")
+    assert run.metrics[0]["epoch"] == 1
+    assert run.metrics[0]["loss"] < 10
+
+    def words(model: Any, batch: Any) -> Any:
+        return compute(model, batch)[0], {"said": "hello"}
+
+    with pytest.raises(hm.HybridMagicError, match="said to be logged is a str; wanted a number"):
+        hm.train(mlp(), loader(), words)

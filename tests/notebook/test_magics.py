@@ -349,7 +349,7 @@ def test_a_mistake_is_one_line_and_touches_nothing(notebook, mistake):
         (
             "batches = [torch.zeros(4, 4)] * 3",
             "%hybrid_train net batches",
-            "a batch of batches is a Tensor of ",
+            "a batch of batches is a Tensor; ",
         ),
         (
             "",
