@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 
 import pytest
 from hypothesis import settings
@@ -12,6 +13,10 @@ from hypothesis import settings
 # Before torch is loaded: tensors this small gain nothing from a second thread, and on a busy
 # machine every operation waits for it (18 times as long, seen). Kernels that we start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts background jobs with interrupts ignored, and their children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A shared two-core machine stalls now and then: a deadline would fail tests for the machine's sake.
 settings.register_profile("house", deadline=None, print_blob=True)

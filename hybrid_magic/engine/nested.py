@@ -46,6 +46,28 @@ def leaves(tree: Any) -> Iterator[Any]:
     yield from found
 
 
+def paths(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield (path, leaf) of every leaf; `at` finds it again in another batch of the same kind."""
+    if isinstance(tree, Mapping):
+        parts: Any = tree.items()
+    elif isinstance(tree, (list, tuple)):
+        parts = enumerate(tree)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        parts = ((item.name, getattr(tree, item.name)) for item in dataclasses.fields(tree))
+    else:
+        yield path, tree
+        return
+    for key, part in parts:
+        yield from paths(part, (*path, key))
+
+
+def at(tree: Any, path: tuple[Any, ...]) -> Any:
+    """Return the leaf of `tree` at a path that `paths` gave."""
+    for key in path:
+        tree = tree[key] if isinstance(tree, (Mapping, list, tuple)) else getattr(tree, key)
+    return tree
+
+
 def to_device(tree: Any, device: torch.device, *, channels_last: bool = False) -> Any:
     """Return `tree` with its tensors, and objects that have a `.to`, on `device` (non-blocking)."""
 

@@ -6,6 +6,7 @@ Reads the device, once, when asked to; keeps nothing.
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 
 from .device import DeviceProbe
@@ -30,7 +31,10 @@ class Reading:
 def read(result: StepResult, probe: DeviceProbe) -> Reading:
     """Return what `result` says, waiting for the device if it is not done with the step yet."""
     values, marks, span = result.values(), result.marks, probe.seconds
-    loss, norm = values[0], math.hypot(*values[1 : 1 + result.gradients])
+    weights = result.weights
+    cuts = len(weights)
+    loss = values[0] if cuts == 1 else math.fsum(map(operator.mul, weights, values))
+    norm = math.hypot(*values[cuts : cuts + result.gradients])
     skipped = result.skipped
     if skipped is None:  # the device decided, by the same rule
         check = loss + norm
@@ -54,8 +58,8 @@ def _noise_pair(result: StepResult, values: list[float]) -> tuple[float, float, 
     """Return (|g_small|^2, |g_large|^2, n_small, n_large) of a step that measured them."""
     size = sum(result.sizes)
     if result.noise == "pair":
-        this, before, both = values[1 + result.gradients :][:3]
+        this, before, both = values[len(result.weights) + result.gradients :][:3]
         return (this**2 + before**2) / 2, both**2, size, 2 * size
-    small, large = values[1 + result.gradients :][:2]
-    small /= result.first_weight
+    small, large = values[len(result.weights) + result.gradients :][:2]
+    small /= result.weights[0]
     return small**2, large**2, result.sizes[0], size

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
@@ -27,14 +28,14 @@ from . import nested
 class Reduction:
     """`kind` is "mean" over samples, "sum", or "targets": a mean over the targets that count.
 
-    For "targets", `leaf` is the number of the batch's leaf that holds them, `shift` how many
+    For "targets", `path` leads to the batch's leaf that holds them, `shift` how many
     positions the model drops at the front of the last dimension, `ignore_index` the target left out
     and `class_weight` the weight of each class (None: all equal). `why` says it in words.
     """
 
     kind: str
     why: str
-    leaf: int = 0
+    path: tuple[Any, ...] = ()
     shift: int = 0
     ignore_index: int = -100
     class_weight: torch.Tensor | None = None
@@ -46,12 +47,14 @@ class Reduction:
         return [self._targets(batch) for batch in batches]
 
     def _targets(self, batch: Any) -> float:
-        target = list(nested.leaves(batch))[self.leaf]
+        target = nested.at(batch, self.path)
         target = target[..., self.shift :] if self.shift else target
+        if self.class_weight is None and target.device.type == "cpu":
+            # targets on the host are counted there, by NumPy: no device is read for them
+            return float(np.count_nonzero(target.numpy() != self.ignore_index))
         kept = target != self.ignore_index
         if self.class_weight is None:
-            # targets on the host are counted there, by NumPy: no device is read for them
-            return float(kept.numpy().sum() if kept.device.type == "cpu" else kept.sum())
+            return float(kept.sum())
         return float(self.class_weight.to(target.device, torch.float64)[target[kept]].sum())
 
 
@@ -154,14 +157,14 @@ def _targets(call: _Call, batch: Any) -> Reduction | None:
     if target.is_floating_point():
         return None
     flat = target.reshape(-1)
-    for number, leaf in enumerate(nested.leaves(batch)):
+    for path, leaf in nested.paths(batch):
         if not isinstance(leaf, torch.Tensor) or leaf.is_floating_point() or leaf.dim() == 0:
             continue
         for shift in (0, 1) if leaf.dim() > 1 else (0,):
             if _same(flat, leaf[..., shift:], call.ignore_index):
                 why = f"{call.name} counts targets other than {call.ignore_index}"
                 why += ", weighted by class" if call.weight is not None else ""
-                return Reduction("targets", why, number, shift, call.ignore_index, call.weight)
+                return Reduction("targets", why, path, shift, call.ignore_index, call.weight)
     return None
 
 

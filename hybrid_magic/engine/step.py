@@ -50,19 +50,19 @@ class StepState:
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step gave. `values` reads, from the device: the loss, `gradients` norms, those of a
-    noise measurement (`noise`: "cut" two, "pair" three), and the logged values by `names`.
+    """What a step gave. `values` reads, from the device: a loss for each of `weights`, `gradients`
+    norms, those of a noise measurement (`noise`: "cut" two, "pair" three), then `names`.
     """
 
     sizes: list[int]
     lr: float
     values: Callable[[], list[float]]
+    weights: list[float]
     gradients: int
     noise: str | None
     names: Sequence[str]
     skipped: bool | None  # None: decided on the device, to be read with the values
     marks: list[Any] = field(default_factory=list)
-    first_weight: float = 1.0
     peaks: list[int | None] | None = None
 
 
@@ -86,7 +86,7 @@ def train_step(
     weights: list[float] | None = None
     if state.reduction is not None:
         weights = reduction.weights(state.reduction, data.batches, data.sizes)
-    total: Tensor | None = None
+    losses: dict[int, Tensor] = {}
     logged: dict[str, Tensor] = {}
     peaks: list[int | None] | None = [] if measure_peaks else None
     coming = data.coming
@@ -110,21 +110,20 @@ def train_step(
         weight = weights[number]
         if weight != 0.0:  # where no target counts the mean is 0/0, and its part of the step is 0
             backward(state, loss, weight)
-            share = loss.detach() if weight == 1.0 else loss.detach() * weight
-            total = share if total is None else total + share
+            losses[number] = loss.detach()
         if extra:
             _log(logged, extra, data.sizes[number] / sum(data.sizes), loss.device)
         if probing and not paired and number == 0 and 0.0 < weight < 1.0:
             norms.append(state.noise.norm())
         if peaks is not None:
             peaks.append(state.device.peak()[0])
-    assert total is not None
     assert weights is not None
     marks.append(mark())
-    result = _apply(state, data, total, logged, norms, paired, lr_factor)
+    result = _apply(state, data, list(losses.values()), logged, norms, paired, lr_factor)
     marks.append(mark())
     state.steps += 1
-    result.marks, result.first_weight, result.peaks = marks, weights[0], peaks
+    result.weights = [weights[number] for number in losses]
+    result.marks, result.peaks = marks, peaks
     return result
 
 
@@ -203,14 +202,15 @@ def _gradient(state: StepState, weight: float, loss: Tensor) -> Tensor:
 def _apply(
     state: StepState,
     data: StepData,
-    total: Tensor,
+    losses: list[Tensor],
     logged: dict[str, Tensor],
     measured: list[Tensor],
     paired: bool,
     lr_factor: float,
 ) -> StepResult:
     """Take the optimizer step unless a gradient is not finite; clear the gradients."""
-    optimizer, scaler = state.optimizer, state.precision.scaler
+    optimizer: Any = state.optimizer
+    scaler = state.precision.scaler
     if scaler is not None:
         scaler.unscale_(optimizer)
         if measured:  # was taken of scaled gradients
@@ -230,27 +230,28 @@ def _apply(
     elif measured:
         measured.append(state.noise.norm())
         noise = "cut"
-    values = state.device.fetch(_stack([total, *norms, *measured, *logged.values()]))
+    judged = len(losses) + len(norms)  # what must be finite
+    told = _stack([*losses, *norms, *measured, *logged.values()])
+    values = state.device.fetch(told)
     skipped: bool | None = None
     if not state.skip_on_device:
         read = values()
-        check = sum(read[: len(norms) + 1])
+        check = sum(read[:judged])
         skipped = check - check != 0.0  # true of inf and nan alone
         values = read.copy
     if not skipped:
-        if state.clip is not None or state.skip_on_device:
+        if state.clip is not None:
             norm = torch.linalg.vector_norm(torch.stack(norms))
-            if state.clip is not None:
-                torch._foreach_mul_(grads, (state.clip / (norm + 1e-6)).clamp(max=1.0))
-            if state.skip_on_device:
-                state.optimizer.found_inf = (~torch.isfinite(norm + total)).float()  # type: ignore[attr-defined]
+            torch._foreach_mul_(grads, (state.clip / (norm + 1e-6)).clamp(max=1.0))
+        if state.skip_on_device:
+            optimizer.found_inf = (~torch.isfinite(told[:judged]).all()).float()
         _optimizer_step(optimizer, lr_factor)
     if scaler is not None:
         scaler.update()
     lr = float(optimizer.param_groups[0]["lr"]) * lr_factor
     for param in state.params:
         param.grad = None
-    return StepResult(data.sizes, lr, values, len(norms), noise, tuple(logged), skipped)
+    return StepResult(data.sizes, lr, values, [], len(norms), noise, tuple(logged), skipped)
 
 
 def _optimizer_step(optimizer: torch.optim.Optimizer, lr_factor: float) -> None:
