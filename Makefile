@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PYTEST_ARGS ?=
+COMPAT ?= compat
 
 ifneq ($(MAKECMDGOALS),clean)
 FOUND := $(shell $(PYTHON) -c 'import sys; print("ok" if sys.version_info >= (3, 10) else "Python %d.%d" % sys.version_info[:2])' 2>/dev/null || echo nothing that runs)
@@ -23,7 +24,7 @@ test: $(VENV)/.dev ## install what the tests need and run them
 	@$(RUN) -m pytest $(PYTEST_ARGS)
 
 compat: $(VENV)/.dev ## the notebook's tests on Colab's and Kaggle's older Jupyter stacks
-	@$(RUN) -m nox -s compat
+	@$(RUN) -m nox -s '$(COMPAT)'
 
 lint: $(VENV)/.dev ## what CI checks besides the tests
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m pyright

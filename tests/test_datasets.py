@@ -54,7 +54,8 @@ def folder(tmp_path, monkeypatch, images):
         with lzma.open(tmp_path / f"imdb/{split}.jsonl.xz", "wt", encoding="utf-8") as lines:
             for number, label in enumerate([1, 1, 1, 0, 0, 0]):
                 text = f"{split} {number}: a fine\x85line<br />"
-                lines.write(json.dumps({"split": split, "label": label, "text": text}) + "\n")
+                row = {"split": split, "label": label, "text": text}
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     return tmp_path
 
 

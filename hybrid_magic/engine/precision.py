@@ -21,14 +21,11 @@ class Precision:
         self.name = name
         self.device_type = device.type
         self.dtype = DTYPES.get(name)
+        self.mixed = self.dtype is not None
         self.scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None
         self._autocast: Any = (
             nullcontext() if self.dtype is None else torch.autocast(device.type, dtype=self.dtype)
         )
-
-    @property
-    def mixed(self) -> bool:
-        return self.dtype is not None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context for a forward pass; made once, entered again and again."""
