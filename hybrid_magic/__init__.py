@@ -15,10 +15,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, HybridMagicError
-from .run import Run, load_run
 
 if TYPE_CHECKING:
     from .engine.train import train
+    from .run import Run, load_run
 
 __version__ = "0.1.0"
 __all__ = ["ConfigError", "HybridMagicError", "Run", "last_run", "load_run", "train"]
@@ -38,10 +38,10 @@ def __getattr__(name: str) -> Any:
         from .engine.train import train
 
         return train
-    if name == "last_run":
+    if name in ("Run", "last_run", "load_run"):
         from . import run
 
-        return run.last_run
+        return getattr(run, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -123,9 +123,10 @@ def _rows(tree: Any, n: int | None, start: int, stop: int) -> Any:
             clone[key] = _rows(tree[key], n, start, stop)
         return clone
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        clone = copy.copy(tree)
-        for item in dataclasses.fields(tree):
-            object.__setattr__(clone, item.name, _rows(getattr(tree, item.name), n, start, stop))
+        record: Any = tree
+        clone = copy.copy(record)
+        for item in dataclasses.fields(record):
+            object.__setattr__(clone, item.name, _rows(getattr(record, item.name), n, start, stop))
         return clone
     return tree[start:stop] if _has_rows(tree) else tree
 

@@ -70,10 +70,10 @@ def share(ratio: float) -> str:
 
 
 def batch(global_size: int, micro_size: int, micro_batches: int) -> str:
-    """Return a global batch and how it is cut: 96 = 48 x 2, or 100 in 4 of at most 32."""
+    """Return a global batch and how it is cut: 96 = 48 x 2, or 100 in 4 pieces of up to 32."""
     if global_size == micro_size * micro_batches:
         return f"{count(global_size)} = {count(micro_size)} {TIMES} {count(micro_batches)}"
-    return f"{count(global_size)} in {count(micro_batches)} of at most {count(micro_size)}"
+    return f"{count(global_size)} in {count(micro_batches)} pieces of up to {count(micro_size)}"
 
 
 def change(before: object, after: object) -> str:

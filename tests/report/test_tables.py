@@ -18,7 +18,7 @@ def test_the_table_says_what_a_student_asks():
         "188 steps, 15,064 samples",
         "12.3 s training + 1.1 s validation, 1,225 samples/s",
         "of a budget of 13.2 GiB",
-        "64 = 64 \N{MULTIPLICATION SIGN} 1 at the start, 108 in 2 of at most 64 at the end",
+        "64 = 64 \N{MULTIPLICATION SIGN} 1 at the start, 108 in 2 pieces of up to 64 at the end",
         "4 decisions",
         "1 of the steps: gradient not finite",
         "noise scale 512 samples",
