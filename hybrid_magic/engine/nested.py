@@ -32,11 +32,16 @@ def map_leaves(tree: Any, fn: Callable[[Any], Any]) -> Any:
             clone[key] = map_leaves(tree[key], fn)
         return clone
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        clone = copy.copy(tree)
-        for item in dataclasses.fields(tree):
-            object.__setattr__(clone, item.name, map_leaves(getattr(tree, item.name), fn))
-        return clone
+        return _replaced(tree, lambda part: map_leaves(part, fn))
     return fn(tree)
+
+
+def _replaced(record: Any, fn: Callable[[Any], Any]) -> Any:
+    """Return a copy of a dataclass, frozen or not, with `fn` applied to every field."""
+    clone = copy.copy(record)
+    for item in dataclasses.fields(record):
+        object.__setattr__(clone, item.name, fn(getattr(record, item.name)))
+    return clone
 
 
 def leaves(tree: Any) -> Iterator[Any]:
@@ -123,11 +128,7 @@ def _rows(tree: Any, n: int | None, start: int, stop: int) -> Any:
             clone[key] = _rows(tree[key], n, start, stop)
         return clone
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        record: Any = tree
-        clone = copy.copy(record)
-        for item in dataclasses.fields(record):
-            object.__setattr__(clone, item.name, _rows(getattr(record, item.name), n, start, stop))
-        return clone
+        return _replaced(tree, lambda part: _rows(part, n, start, stop))
     return tree[start:stop] if _has_rows(tree) else tree
 
 
