@@ -129,7 +129,8 @@ def _rows(tree: Any, n: int | None, start: int, stop: int) -> Any:
         return clone
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         return _replaced(tree, lambda part: _rows(part, n, start, stop))
-    return tree[start:stop] if _has_rows(tree) else tree
+    leaf: Any = tree
+    return leaf[start:stop] if _has_rows(leaf) else leaf
 
 
 def _has_rows(leaf: Any) -> bool:
