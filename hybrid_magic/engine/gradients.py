@@ -41,44 +41,55 @@ def family(optimizer: torch.optim.Optimizer) -> Literal["sgd", "adam"]:
 class NoiseProbe:
     """Measures the gradients of one step in two sizes, in the optimizer's own scaling.
 
-    `small` after the first micro-batch, `large` after the last; or, for models with batch
-    statistics, `pair` over two consecutive whole steps.
+    `keep` after the first micro-batch and `cut` after the last; or, for a step of one micro-batch
+    and for models with batch statistics, `pair` over two consecutive whole steps.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> None:
         self._optimizer, self._params = optimizer, params
         self._scaled = family(optimizer) == "adam"
-        self._scale: list[Tensor] | None = None
+        self._taken = 0
+        self._first: list[tuple[Tensor, Tensor]] = []
         self._kept: tuple[list[Tensor], int] | None = None
         self._before = _steps_taken(optimizer)
 
     def begin(self, steps: int) -> bool:
-        """Take the optimizer's scaling for this probe; False when it has none yet.
+        """Make ready to measure a step; False when the optimizer has no scaling yet.
 
         Args:
             steps: optimizer steps taken in this run, for Adam's bias correction.
         """
-        self._scale = None
-        if not self._scaled:
-            return True
-        roots = []
-        for param in self._params:
-            state: Any = self._optimizer.state.get(param, {})
-            name = next((name for name in _SECOND_MOMENTS if name in state), None)
-            if name is None:
-                return False
-            roots.append(state[name])
-        group = self._optimizer.param_groups[0]
-        beta = group["betas"][1] if "betas" in group else group.get("alpha", 0.99)
-        scale = torch._foreach_div(roots, max(1.0 - beta ** (self._before + steps), 1e-8))
-        torch._foreach_sqrt_(scale)
-        torch._foreach_add_(scale, group.get("eps", 1e-8))
-        self._scale = list(scale)
-        return True
+        self._first, self._taken = [], self._before + steps
+        return not self._scaled or any(self._moment(param) is not None for param in self._params)
 
-    def norm(self) -> Tensor:
-        """Return the L2 norm of the present gradients in that scaling."""
-        return total_norm(self._grads())
+    def keep(self) -> bool:
+        """Copy the gradients after the first micro-batch; False where there is none to measure."""
+        self._kept = None
+        self._first = [(param, grad.clone()) for param, grad in self._measurable()]
+        return bool(self._first)
+
+    def cut(self, factor: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Return the norms of the first micro-batch's gradient less the whole step's, and of that.
+
+        The difference alone carries the noise: it lacks the product of the two, whose own noise is
+        the greater by far while the gradient is large.
+
+        Args:
+            factor: what turns the kept gradients into the mean over the first micro-batch, undoing
+                its weight and the scale of the loss; a tensor is 0-dim.
+        """
+        kept, self._first = dict(self._first), []
+        found = [(param, grad) for param, grad in self._measurable() if param in kept]
+        grads, apart = [grad for _, grad in found], [kept[param] for param, _ in found]
+        torch._foreach_mul_(apart, factor)
+        torch._foreach_sub_(apart, grads)
+        scale = self._scale([param for param, _ in found], grads, apart)
+        if scale is None:
+            return total_norm(apart), total_norm(grads)
+        torch._foreach_div_(apart, scale)
+        norm = total_norm(apart)
+        del apart, kept
+        return norm, total_norm(torch._foreach_div(grads, scale))
 
     def pair(self, size: int) -> Tensor | None:
         """Return the norms of this step, the one before and their mean; None on the first of two.
@@ -86,10 +97,16 @@ class NoiseProbe:
         Args:
             size: samples in this step; both steps must have had as many.
         """
-        grads = self._grads()
+        found = self._measurable()
+        if not found:
+            return None
+        grads = [grad for _, grad in found]
+        scale = self._scale([param for param, _ in found], grads)
+        if scale is not None:
+            grads = list(torch._foreach_div(grads, scale))
         kept, self._kept = self._kept, None
-        if kept is None or kept[1] != size:
-            self._kept = ([grad.clone() for grad in grads] if self._scale is None else grads, size)
+        if kept is None or kept[1] != size or len(kept[0]) != len(grads):
+            self._kept = ([grad.clone() for grad in grads] if scale is None else grads, size)
             return None
         mean = torch._foreach_add(grads, kept[0])
         torch._foreach_mul_(mean, 0.5)
@@ -101,18 +118,42 @@ class NoiseProbe:
         return self._kept is not None
 
     def forget(self) -> None:
-        """Drop what is held of a pair."""
-        self._kept = None
+        """Drop what is held of a step."""
+        self._first, self._kept = [], None
 
-    def _grads(self) -> list[Tensor]:
-        grads: list[Tensor] = []
-        scale: list[Tensor] = []
-        for number, param in enumerate(self._params):
-            if param.grad is not None and not param.grad.is_sparse:
-                grads.append(param.grad)
-                if self._scale is not None:
-                    scale.append(self._scale[number])
-        return list(torch._foreach_div(grads, scale)) if scale else grads
+    def _scale(self, params: Sequence[Tensor], *grads: list[Tensor]) -> list[Tensor] | None:
+        """Return what the optimizer divides these gradients by, None where it does not.
+
+        The step's own squares are in it, as in the optimizer's: a weight with its first gradient
+        (the embedding of a rare word) would else be divided by nearly nothing and drown the others.
+        """
+        if not self._scaled:
+            return None
+        group = self._optimizer.param_groups[0]
+        beta = group["betas"][1] if "betas" in group else group.get("alpha", 0.99)
+        scale = list(torch._foreach_mul([self._moment(param) for param in params], beta))
+        for each in grads:
+            torch._foreach_addcmul_(scale, each, each, 1.0 - beta)
+        torch._foreach_div_(scale, max(1.0 - beta ** (self._taken + 1), 1e-8))
+        torch._foreach_sqrt_(scale)
+        torch._foreach_add_(scale, group.get("eps", 1e-8))
+        return scale
+
+    def _measurable(self) -> list[tuple[Tensor, Tensor]]:
+        """Return (weight, gradient) of all that are dense and whose scaling is known: a weight that
+        no loss used yet has none."""
+        return [
+            (param, param.grad)
+            for param in self._params
+            if param.grad is not None
+            and not param.grad.is_sparse
+            and (not self._scaled or self._moment(param) is not None)
+        ]
+
+    def _moment(self, param: Tensor) -> Any:
+        """Return the second moment of `param`, None before it has one."""
+        state: Any = self._optimizer.state.get(param, {})
+        return next((state[name] for name in _SECOND_MOMENTS if name in state), None)
 
 
 def _steps_taken(optimizer: torch.optim.Optimizer) -> int:

@@ -81,8 +81,8 @@ def train_step(
     """
     mark, marks = state.device.mark, []
     probing = (data.probe or state.noise.waits) and state.noise.begin(state.steps)
-    paired = probing and state.batch_statistics
-    norms: list[Tensor] = []
+    paired = probing and (state.batch_statistics or len(data.batches) == 1)
+    kept = 0.0  # the weight of the first micro-batch, where its gradient was kept
     weights: list[float] | None = None
     if state.reduction is not None:
         weights = reduction.weights(state.reduction, data.batches, data.sizes)
@@ -113,13 +113,13 @@ def train_step(
             losses[number] = loss.detach()
         if extra:
             _log(logged, extra, data.sizes[number] / sum(data.sizes), loss.device)
-        if probing and not paired and number == 0 and 0.0 < weight < 1.0:
-            norms.append(state.noise.norm())
+        if probing and not paired and number == 0 and 0.0 < weight < 1.0 and state.noise.keep():
+            kept = weight
         if peaks is not None:
             peaks.append(state.device.peak()[0])
     assert weights is not None
     marks.append(mark())
-    result = _apply(state, data, list(losses.values()), logged, norms, paired, lr_factor)
+    result = _apply(state, data, list(losses.values()), logged, kept, paired, lr_factor)
     marks.append(mark())
     state.steps += 1
     result.weights = [weights[number] for number in losses]
@@ -204,7 +204,7 @@ def _apply(
     data: StepData,
     losses: list[Tensor],
     logged: dict[str, Tensor],
-    measured: list[Tensor],
+    kept: float,
     paired: bool,
     lr_factor: float,
 ) -> StepResult:
@@ -213,8 +213,6 @@ def _apply(
     scaler = state.precision.scaler
     if scaler is not None:
         scaler.unscale_(optimizer)
-        if measured:  # was taken of scaled gradients
-            measured[0] = measured[0] / scaler.scale(torch.ones_like(measured[0]))
     grads = [param.grad for param in state.params if param.grad is not None]
     if not grads:
         raise HybridMagicError(
@@ -222,14 +220,17 @@ def _apply(
             "compute it from the model that is being trained"
         )
     norms = gradient_norms(grads)
+    measured: list[Tensor] = []
     noise = None
     if paired:
         pair = state.noise.pair(sum(data.sizes))
         if pair is not None:
             measured, noise = list(pair), "pair"
-    elif measured:
-        measured.append(state.noise.norm())
-        noise = "cut"
+    elif kept:
+        factor: float | Tensor = 1.0 / kept
+        if scaler is not None:  # what was kept is scaled
+            factor = factor / scaler.scale(torch.ones((), device=grads[0].device))
+        measured, noise = list(state.noise.cut(factor)), "cut"
     judged = len(losses) + len(norms)  # what must be finite
     told = _stack([*losses, *norms, *measured, *logged.values()])
     values = state.device.fetch(told)

@@ -77,9 +77,9 @@ class StepPlan:
     """The micro-batch sizes of a step.
 
     `probe`: measure the noise scale on it. With several sizes, the first micro-batch's gradient
-    against the whole step's (the mean over micro-batches is better where it costs nothing). With
-    one, this step's gradient against the mean of it and the next step's, if that has as many
-    samples: n_small = B with the mean of the two squared norms, n_large = 2 B.
+    against the whole step's, small = large + the squared norm of their difference. With one, this
+    step's gradient against the mean of it and the next step's, if that has as many samples:
+    n_small = B with the mean of the two squared norms, n_large = 2 B.
     """
 
     sizes: tuple[int, ...]

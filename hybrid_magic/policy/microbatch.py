@@ -1,4 +1,4 @@
-"""The micro-batch: the smallest size on the throughput plateau that fits in memory.
+"""The micro-batch: the size on the throughput plateau that memory asks for, else the largest.
 
 Learned from points (size, seconds, peak bytes) of steps that train anyway. Knows no device and no
 global batch: `limit` is the step to be cut. Never asks for a size far above any that was run.
@@ -7,6 +7,7 @@ global batch: `limit` is the step to be cut. Never asks for a size far above any
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,10 +15,13 @@ from dataclasses import dataclass, field
 from . import batch
 from .timing import TIMES, SpeedModel, Timing, model, timed
 
-PLATEAU_GAIN = 0.03  # less than this much more throughput is not worth a larger micro-batch
+PLATEAU_GAIN = 0.03  # less than this much more throughput is not worth another micro-batch
+SAME = 0.01  # times this near count as one: then the larger size, whose kernels are fewer
+WORTH_SAVING = 0.02  # of the budget: less than one growth of the batch asks for, and host memory of
+# a process that computes on a CPU hardly moves at all
+CLEARLY = 3  # standard errors that a measured difference must exceed
 REACH = 4  # a size is never more than this many times the largest that was run
 MARGIN = 1.1  # on the part of a predicted peak that was never measured
-KEEP_WITHIN = 0.01  # a smaller size must be this close before memory is given back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +31,7 @@ class MicroState:
     `floor` is the smallest size wanted, `most` the largest possible, `current` the one in use,
     `failed` the smallest that ran out of memory, `left` how often a size was left.
     `early_peaks` were read before the optimizer had made its state: good for the slope, not for the
-    height.
+    height. `saved` says that giving memory back was tried and was too slow.
     """
 
     budget_bytes: int | None
@@ -39,6 +43,7 @@ class MicroState:
     peaks: Mapping[int, int] = field(default_factory=dict[int, int])
     early_peaks: Mapping[int, int] = field(default_factory=dict[int, int])
     left: Mapping[int, int] = field(default_factory=dict[int, int])
+    saved: bool = False
 
 
 def init(
@@ -81,19 +86,21 @@ def rebudget(state: MicroState, budget_bytes: int | None) -> MicroState:
     old = state.budget_bytes
     grew = budget_bytes is None or (old is not None and budget_bytes > old)
     failed = None if grew else state.failed
-    return dataclasses.replace(state, budget_bytes=budget_bytes, failed=failed)
+    return dataclasses.replace(state, budget_bytes=budget_bytes, failed=failed, saved=False)
 
 
 def take(state: MicroState, size: int, *, same_limit: bool = True) -> MicroState:
     """Return `state` with `size` in use.
 
-    Going back to a size that was left, for steps of the same limit, asks for twice the gain each
-    time, so that two nearly equal sizes cannot take turns for ever.
+    Going back to a size that was left, for steps of the same limit, asks for twice the gain from
+    the second time on, so that two nearly equal sizes cannot take turns for ever; and memory that
+    was given back once in vain is not given back again.
     """
     if not same_limit:
-        return dataclasses.replace(state, current=size, left={})
+        return dataclasses.replace(state, current=size, left={}, saved=False)
     left = {**state.left, state.current: state.left.get(state.current, 0) + 1}
-    return dataclasses.replace(state, current=size, left=left)
+    saved = state.saved or (size > state.current and size in state.left)
+    return dataclasses.replace(state, current=size, left=left, saved=saved)
 
 
 def choose(state: MicroState, limit: int) -> tuple[int, str]:
@@ -103,24 +110,62 @@ def choose(state: MicroState, limit: int) -> tuple[int, str]:
         return _retreat(state, limit), _memory_clause(state)
     speed = model(state.timings)
     seconds = {size: _step_seconds(speed, limit, size) for size in sizes}
-    best = min(seconds.values())
-    wanted = min(size for size in sizes if seconds[size] <= best * (1 + PLATEAU_GAIN))
     current = batch.even(limit, state.current)
+    wanted = _wanted(state, seconds)
     if current not in seconds:
         if wanted > current:
             return wanted, f"batch statistics want micro-batches of at least {state.floor}"
         return wanted, _memory_clause(state)
-    gain = seconds[current] / seconds[wanted] - 1
-    if wanted > current and gain > PLATEAU_GAIN * 2 ** state.left.get(wanted, 0):
-        return wanted, f"+{100 * gain:.0f} % samples/s{peak_clause(state, wanted)}"
-    smaller = min(size for size in sizes if 2 * size >= current)  # by halves: less is a guess
-    gain = seconds[current] / seconds[smaller] - 1
-    times_left = state.left.get(smaller, 0)
-    enough = PLATEAU_GAIN * 2 ** (times_left - 1) if times_left else -KEEP_WITHIN
+    if wanted > current and current not in speed.sure and wanted not in state.left:
+        return wanted, f"to measure it{peak_clause(state, wanted)}"
+    measured = [size for size in sizes if size < current and _measured(speed, limit, size)]
+    fastest = min(measured, key=lambda size: seconds[size], default=current)
+    for size in (wanted, fastest):
+        gain = seconds[current] / seconds[size] - 1
+        sure = size > current or (current in speed.sure and size == fastest)
+        if sure and gain > _enough(state, current, size):
+            return size, f"+{100 * gain:.0f} % samples/s{peak_clause(state, size)}"
     known = len(state.timings[current].later) >= TIMES if current in state.timings else False
-    if known and 3 * smaller <= 2 * current and gain > enough:
-        return smaller, f"no slower, less memory{peak_clause(state, smaller)}"
-    return current, "on the throughput plateau"
+    if wanted >= current or state.saved or not known:
+        return current, "on the throughput plateau"
+    smaller = min(size for size in sizes if size >= wanted and 2 * size >= current)  # by halves
+    if 3 * smaller > 2 * current or seconds[smaller] > (1 + SAME) * seconds[current]:
+        return current, "on the throughput plateau"
+    if not _worth_saving(state, current, smaller):
+        return current, "on the throughput plateau"
+    return smaller, f"no slower, less memory{peak_clause(state, smaller)}"
+
+
+def _wanted(state: MicroState, seconds: Mapping[int, float]) -> int:
+    """Return the size to have by these seconds of a step: the smallest on the plateau where that
+    saves memory worth having, else the largest of the fastest."""
+    best = min(seconds.values())
+    smallest = min(size for size, taken in seconds.items() if taken <= best * (1 + PLATEAU_GAIN))
+    largest = max(size for size, taken in seconds.items() if taken <= best * (1 + SAME))
+    return smallest if _worth_saving(state, largest, smallest) else largest
+
+
+def _worth_saving(state: MicroState, larger: int, smaller: int) -> bool:
+    """Return whether `smaller` is predicted to need clearly less memory; false where not known."""
+    if state.budget_bytes is None or max(len(state.peaks), len(state.early_peaks)) < 2:
+        return False
+    peaks = [predicted_peak(state, size) or 0 for size in (larger, smaller)]
+    return peaks[0] - peaks[1] >= WORTH_SAVING * state.budget_bytes
+
+
+def _measured(speed: SpeedModel, limit: int, size: int) -> bool:
+    """Return whether a step of `limit` in micro-batches of `size` is timed, not predicted."""
+    return size in speed.sure and (limit % size == 0 or limit % size in speed.sure)
+
+
+def _enough(state: MicroState, current: int, size: int) -> float:
+    """Return the gain that going from `current` to `size` asks for: one that the noise of the times
+    does not explain, except on the way back from a size taken for its memory."""
+    enough = PLATEAU_GAIN * 2 ** max(0, state.left.get(size, 0) - 1)
+    if size > current and size in state.left and _worth_saving(state, size, current):
+        return enough
+    errors = [state.timings[one].error for one in (current, size) if one in state.timings]
+    return enough + CLEARLY * math.hypot(*errors)
 
 
 def ceiling(state: MicroState) -> int:

@@ -31,8 +31,9 @@ class NoiseState:
 class NoiseEstimate:
     """What the probes say.
 
-    `noise_scale` (samples) is the lower end, variance / (|G|^2 + one standard error): the number to
-    act on when growing. `middle` is variance / |G|^2, None while |G|^2 is within one standard
+    `noise_scale` (samples) is the lower end, (variance - one standard error) / (|G|^2 + one
+    standard error): the number to act on when growing, zero where one wild probe is most of the
+    variance. `middle` is variance / |G|^2, None while |G|^2 is within one standard
     error of zero. `grad_sq` estimates the squared norm of the true gradient and may be negative;
     `variance` the trace of the per-sample covariance.
     """
@@ -60,8 +61,8 @@ def update(
     weights (samples compared) give most to those that know most.
 
     Args:
-        sq_norm_small: squared L2 norm of the mean gradient of `n_small` samples (a mean of several
-            such norms is better still).
+        sq_norm_small: squared L2 norm of the mean gradient of `n_small` samples; or, far less
+            noisy, sq_norm_large plus the squared norm of the difference of the two gradients.
         sq_norm_large: squared L2 norm of the mean gradient of `n_large` samples, the small ones
             among them.
         n_small, n_large: samples behind each norm; n_small < n_large.
@@ -94,7 +95,7 @@ def estimate(state: NoiseState) -> NoiseEstimate | None:
     if lower <= 0:
         return None
     return NoiseEstimate(
-        noise_scale=max(variance, 0.0) / lower,
+        noise_scale=max(variance - variance_error, 0.0) / lower,
         middle=max(variance, 0.0) / grad_sq if grad_sq > grad_sq_error else None,
         grad_sq=grad_sq,
         grad_sq_error=grad_sq_error,

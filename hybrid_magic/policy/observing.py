@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from statistics import median
 
 from . import batch as cutting
 from . import growth, microbatch, timing
@@ -41,9 +42,11 @@ def speed(state: State, facts: StepFacts) -> Changes:
     ordinary = facts.sizes == state.whole.sizes
     state.seen += ordinary
     seen = state.seen
+    if facts.noise is not None and facts.optimizer_seconds is not None:
+        state.probe = timing.timed(state.probe, facts.optimizer_seconds)
     if ordinary and seen > TIME_ALL and seen % TIME_EVERY:
         return ()
-    if facts.optimizer_seconds is not None:
+    if facts.noise is None and facts.optimizer_seconds is not None:
         state.optimizer = timing.timed(state.optimizer, facts.optimizer_seconds)
     for size, seconds, peak in _points(facts, every=not state.stepped):
         state.sizes = microbatch.update(state.sizes, size, seconds, peak)
@@ -58,7 +61,8 @@ def speed(state: State, facts: StepFacts) -> Changes:
 
 
 def _points(facts: StepFacts, *, every: bool) -> Iterator[tuple[int, float | None, int | None]]:
-    """Yield (size, seconds, peak) of every micro-batch, or once a size with the lower median."""
+    """Yield (size, seconds, peak) of every micro-batch, or once a size with the median: the lower
+    of two would make halves look faster than the whole."""
     times = facts.micro_seconds or (None,) * len(facts.sizes)
     peaks = facts.peaks or (None,) * len(facts.sizes)
     if every or len(facts.sizes) == 1:
@@ -66,8 +70,8 @@ def _points(facts: StepFacts, *, every: bool) -> Iterator[tuple[int, float | Non
         return
     for size in set(facts.sizes):
         mine = [i for i, one in enumerate(facts.sizes) if one == size]
-        known = sorted(time for i in mine if (time := times[i]) is not None)
-        typical = known[(len(known) - 1) // 2] if known else None
+        known = [time for i in mine if (time := times[i]) is not None]
+        typical = median(known) if known else None
         highest = max((peak for i in mine if (peak := peaks[i]) is not None), default=None)
         yield size, typical, highest
 
@@ -77,6 +81,7 @@ def statistics(state: State, facts: StepFacts) -> Changes:
     if facts.noise is not None:
         state.noise = noise.update(state.noise, *facts.noise)
         state.probed = True
+        state.still += 1
     loss, norm, alarm = facts.loss, facts.grad_norm, None
     if loss is not None:
         if math.isfinite(loss):

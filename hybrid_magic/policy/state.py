@@ -46,6 +46,9 @@ class State:
     cool_until: int = 0
     high_bytes: int = 0  # highest peak at the present sizes
     optimizer: Timing | None = None
+    probe: Timing | None = None  # the optimizer's part of a step that measured the noise
+    probing: tuple[StepPlan, int] | None = None  # the plan of a probe, the steps to the next one
+    still: int = 0  # probes since the global batch changed
     health: Health = field(default_factory=Health)
     losses: list[float] = field(default_factory=list[float])
     norms: list[float] = field(default_factory=list[float])
@@ -117,7 +120,7 @@ def rebatch(state: State, after: int, step: int, what: str, reason: str) -> Chan
     before = state.batch
     old_gain = gain(state, before)
     state.batch = after
-    state.changed_at = state.observed
+    state.changed_at, state.still = state.observed, 0
     state.health = growth.forget_losses(state.health)
     state.losses.clear()
     state.ramp_left = 0
@@ -137,14 +140,17 @@ def rebatch(state: State, after: int, step: int, what: str, reason: str) -> Chan
     return BatchChangeRecord(step, before, after, what, reason), *changes
 
 
-def resize(state: State, step: int, *, same_limit: bool = True) -> Changes:
-    """Size the micro-batch by what is known now; a pinned one gives way to memory only."""
+def resize(
+    state: State, step: int, *, limit: int | None = None, same_limit: bool = True
+) -> Changes:
+    """Size the micro-batch by what is known now, for steps of at most `limit` samples; a pinned one
+    gives way to memory only."""
     before, batch, sizes = state.micro, state.batch, state.sizes
     wanted = pinned(state.settings, batch)
     if wanted is not None and (sizes.failed is None or min(wanted, batch) < sizes.failed):
         after, why = wanted, "pinned"
     else:
-        after, why = microbatch.choose(sizes, batch)
+        after, why = microbatch.choose(sizes, min(batch, limit or batch))
     changes: Changes = ()
     if after != before:
         state.sizes = microbatch.take(sizes, after, same_limit=same_limit)
@@ -160,5 +166,5 @@ def resize(state: State, step: int, *, same_limit: bool = True) -> Changes:
         )
     whole = StepPlan(recut(state, batch))
     if whole != state.whole:
-        state.whole, state.seen, state.high_bytes = whole, 0, 0
+        state.whole, state.seen, state.high_bytes, state.probing = whole, 0, 0, None
     return changes

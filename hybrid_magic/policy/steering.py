@@ -39,10 +39,12 @@ __all__ = [
 ]
 
 PROBE_EVERY = 4  # steps, until the window of the noise scale is full
-PROBE_SELDOM = 8  # steps from then on; twice that once the batch has long stood still
-SETTLED = 200  # steps
-PROBE_COST = 0.03  # most of the time that may go into cutting steps in two for a probe,
-PROBE_LEAST = 32  # but never more seldom than this
+PROBE_SELDOM = 8  # steps from then on, and while the cost of a probe is not known
+SETTLED = 200  # steps after which the batch has long stood still: half as many probes
+PROBE_LEAST = 64  # never more seldom than this
+PROBE_COST = 0.02  # most of the run's time that may go into probes
+REVIEW = 8  # probes between two looks at how they are made and how often
+STILL = 2 * noise.WINDOW  # probes without growth, after which they come ever more seldom
 
 init = states.init
 
@@ -76,12 +78,14 @@ def rehearsed(
 ) -> tuple[State, Changes]:
     """Return the state after passes that trained nothing, before the first step, and its changes.
 
+    Nothing above the base batch is chosen yet: the optimizer's state is not in memory.
+
     Args:
         points: samples, seconds of forward and backward, peak bytes, in the order they ran.
     """
     for size, seconds, peak in points:
         state.sizes = microbatch.update(state.sizes, size, seconds, peak)
-    return state, states.resize(state, 0)
+    return state, states.resize(state, 0, limit=state.settings.base)
 
 
 def summed(state: State) -> State:
@@ -147,7 +151,7 @@ def _plan(state: State, remaining: int | None) -> StepPlan:
         n += -1 if n > 2 else 1  # never a last step of a single sample, whose statistics are none
     if not state.planned:
         state.planned = True
-        state.until_probe = PROBE_EVERY - 1 if state.steered else math.inf
+        state.until_probe = PROBE_SELDOM - 1 if state.steered else math.inf
         if state.sized and not settings.batch_statistics:
             return StepPlan(states.first_step(settings, n))
     if n != state.batch:
@@ -155,30 +159,51 @@ def _plan(state: State, remaining: int | None) -> StepPlan:
     if state.until_probe > 0:
         state.until_probe -= 1
         return state.whole
-    state.until_probe = _until_probe(state)
     if not state.steered:
+        state.until_probe = math.inf
         return state.whole
-    return StepPlan(_halves(state) or state.whole.sizes, probe=True)
+    found = state.probing
+    if found is None or state.still % REVIEW == 0:
+        sizes, extra = _probe(state)
+        found = StepPlan(sizes, probe=True), _steps_to_probe(state, extra)
+        state.probing = None if extra is None else found
+    plan, steps = found
+    state.until_probe = steps - 1
+    return plan
 
 
-def _until_probe(state: State) -> float:
-    """Return the steps from a probe to the next one."""
-    if not state.steered:
-        return math.inf
+def _steps_to_probe(state: State, extra: float | None) -> int:
+    """Return the steps from a probe to the next one: as seldom as its cost asks for (`extra`, in
+    steps; None: not known), and ever more seldom where the base batch could not grow for long."""
     probes = len(state.noise.signal)
-    steps = PROBE_EVERY if probes < noise.WINDOW else PROBE_SELDOM
+    steps = PROBE_EVERY if probes < noise.WINDOW and extra is not None else PROBE_SELDOM
     if probes >= noise.WINDOW and state.observed - state.changed_at > SETTLED:
         steps *= 2
-    halves = _halves(state)
-    if halves is not None and probes >= noise.WARMUP:
-        whole, cut = (observing.step_seconds(state, state.batch, sizes) for sizes in (None, halves))
-        extra = 0.0 if whole is None or cut is None else cut / whole - 1
-        steps = max(steps, min(math.ceil(extra / PROBE_COST), PROBE_LEAST))
-    return steps - 1
+    if state.still >= STILL and state.batch == state.settings.base:
+        steps *= 2 ** min(6, 1 + (state.still - STILL) // noise.WARMUP)
+    return min(max(steps, math.ceil((extra or 0.0) / PROBE_COST)), PROBE_LEAST)
 
 
-def _halves(state: State) -> tuple[int, ...] | None:
-    """Return the sizes a step is cut into to measure the noise, None where it is not cut."""
-    if len(state.whole.sizes) > 1 or state.batch < 2 or not state.sized:
-        return None
-    return None if state.settings.batch_statistics else cutting.shares(state.batch, 2)
+def _probe(state: State) -> tuple[tuple[int, ...], float | None]:
+    """Return the sizes of a step that measures the noise, and what that costs beyond the step.
+
+    A single micro-batch is cut in two. Where it may not be cut, or the cut costs too much, it is
+    compared with the next step, which costs norms alone but holds a gradient longer. The cost is in
+    steps, None while it was not timed. Norms are timed with the optimizer.
+    """
+    whole, settings = state.whole.sizes, state.settings
+    uncut = settings.batch_statistics or settings.sum_reduction or not state.sized
+    single = len(whole) == 1
+    halves = None if uncut or not single or state.batch < 2 else cutting.shares(state.batch, 2)
+    seconds = observing.step_seconds(state, state.batch, whole)
+    if seconds is None:
+        return halves or whole, None
+    cut = (observing.step_seconds(state, state.batch, halves) or 0.0) / seconds - 1 if halves else 1
+    if cut > PROBE_COST * PROBE_SELDOM:
+        halves, cut = None, 0.0
+    if state.probe is None or state.optimizer is None or not state.probe.later:
+        return halves or whole, None
+    norms = max(0.0, state.probe.typical - state.optimizer.typical) / seconds
+    if halves is not None:
+        return halves, norms + cut
+    return whole, 2 * norms if single else norms

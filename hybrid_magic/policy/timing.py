@@ -6,6 +6,7 @@ and no choice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,6 +26,13 @@ class Timing:
         """The lower median: neither a spike nor one lucky time moves it."""
         return sorted(self.later)[(len(self.later) - 1) // 2] if self.later else self.first
 
+    @property
+    def error(self) -> float:
+        """The relative standard error of `typical`, from the middle half of the times."""
+        times, n = sorted(self.later), len(self.later)
+        half = times[(3 * n) // 4] - times[n // 4] if n else 0.0
+        return 1.25 * (half / 1.35) / math.sqrt(n) / self.typical if n else 0.0
+
 
 def timed(timing: Timing | None, seconds: float) -> Timing:
     """Return `timing` with one more measurement."""
@@ -35,32 +43,30 @@ def timed(timing: Timing | None, seconds: float) -> Timing:
 
 @dataclass(frozen=True, slots=True)
 class SpeedModel:
-    """Predicted seconds: the sizes that are sure, those measured a few times, and the line."""
+    """Predicted seconds: the sizes that are sure, and the line through all that were measured."""
 
     sure: Mapping[int, float]
-    few: Mapping[int, float]
     overhead: float
     per_sample: float
 
     def seconds(self, size: int) -> float:
         """Return the seconds of `size`: measured where that is sure, else those of the nearest sure
-        size carried along the line; of a few measurements and that the lower, as disturbances only
-        ever add."""
+        size carried along the line. A few times of a size move the line only: the lucky ones among
+        many sizes would otherwise look best."""
         if size in self.sure:
             return self.sure[size]
         predicted = self.overhead + self.per_sample * size
         if self.sure:
             near = min(self.sure, key=lambda one: abs(one - size))
             predicted *= self.sure[near] / (self.overhead + self.per_sample * near)
-        return min(predicted, self.few.get(size, predicted))
+        return predicted
 
 
 def model(timings: Mapping[int, Timing]) -> SpeedModel:
     """Return what the times measured so far predict."""
     warm = {size: timing for size, timing in timings.items() if timing.later}
     sure = {size: timing.typical for size, timing in warm.items() if len(timing.later) >= SURE}
-    few = {size: timing.typical for size, timing in warm.items() if size not in sure}
-    return SpeedModel(sure, few, *_line(warm if len(warm) > 1 else timings))
+    return SpeedModel(sure, *_line(warm if len(warm) > 1 else timings))
 
 
 def _line(points: Mapping[int, Timing]) -> tuple[float, float]:

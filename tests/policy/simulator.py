@@ -21,30 +21,36 @@ GIB = 2**30
 class World:
     """What a step costs, needs and teaches.
 
-    Seconds of a micro-batch: overhead + per_sample * size. Bytes: fixed + per_sample * size, plus
-    the optimizer's state once it has stepped. The noise scale goes from `noise` to `noise_end` over
-    the run; the gradient has `dims` directions.
+    Seconds of a micro-batch: overhead + per_sample * size, and `spill_s` for each sample above
+    `cache`. Bytes: fixed + per_sample * size, plus the optimizer's state once it has stepped. The
+    noise scale goes from `noise` to `noise_end` over the run, or jumps there at `decay` of it; the
+    gradient has `dims` directions. Norms of a gradient take `norm_s`.
     """
 
     overhead_s: float = 5e-3
     sample_s: float = 1e-4
+    spill_s: float = 0.0
+    cache: int = 0
     optimizer_s: float = 1e-3
+    norm_s: float = 0.0
     fixed_bytes: int = GIB
     optimizer_bytes: int = GIB // 2
     sample_bytes: int = 20 * 2**20
     capacity_bytes: int = 16 * GIB
     jitter: float = 0.02
-    spikes: float = 0.01  # share of times that are three times too long
+    spikes: float = 0.01  # share of times that are up to three times too long
     warmup: float = 5.0  # factor on the first time of a size
     noise: float = 500.0
     noise_end: float = 500.0
+    decay: float | None = None
     dims: int = 64
     loss_spread: float = 0.1
     prefetch: int = 2  # steps planned ahead
     reads_memory: bool = True
 
     def micro_s(self, size: int) -> float:
-        return self.overhead_s + self.sample_s * size
+        spilled = self.spill_s * max(0, size - self.cache)
+        return self.overhead_s + self.sample_s * size + spilled
 
     def bytes(self, size: int) -> int:
         return self.fixed_bytes + self.optimizer_bytes + self.sample_bytes * size
@@ -53,6 +59,8 @@ class World:
         return (bytes_ - self.bytes(0)) // self.sample_bytes
 
     def noise_at(self, share: float) -> float:
+        if self.decay is not None:
+            share = float(share >= self.decay)
         return self.noise * (self.noise_end / self.noise) ** share
 
     def best_step_s(self, batch: int, budget_bytes: int) -> float:
@@ -125,7 +133,8 @@ def simulate(world: World, settings: Settings, steps: int, *, seed: int = 0, hoo
             loss=1 + rng.gauss(0, world.loss_spread) * (settings.base / batch) ** 0.5,
             grad_norm=(1 + noise / batch) ** 0.5 * rng.lognormvariate(0, 0.2),
             micro_seconds=times,
-            optimizer_seconds=world.optimizer_s * rng.lognormvariate(0, world.jitter),
+            optimizer_seconds=(world.optimizer_s + world.norm_s * plan.probe)
+            * rng.lognormvariate(0, world.jitter),
             peaks=peaks if world.reads_memory and step == 0 else None,
             peak_bytes=max(peaks) + world.optimizer_bytes * (not step)
             if world.reads_memory
@@ -136,7 +145,8 @@ def simulate(world: World, settings: Settings, steps: int, *, seed: int = 0, hoo
         trace.changes += changes
         trace.batches.append(batch)
         trace.sizes.append(sizes)
-        trace.seconds.append(sum(times) + world.optimizer_s + wasted)
+        norms_s = world.norm_s * plan.probe * (1 + (len(sizes) == 1))
+        trace.seconds.append(sum(times) + world.optimizer_s + norms_s + wasted)
         trace.progress.append(batch * (noise + settings.base) / (noise + batch))
     trace.state = state
     return trace
@@ -144,7 +154,9 @@ def simulate(world: World, settings: Settings, steps: int, *, seed: int = 0, hoo
 
 def _time(world: World, size: int, ran: Counter[int], rng: random.Random) -> float:
     ran[size] += 1
-    factor = world.warmup if ran[size] == 1 else 3.0 if rng.random() < world.spikes else 1.0
+    factor = world.warmup
+    if ran[size] > 1:
+        factor = rng.uniform(1, 3) if rng.random() < world.spikes else 1.0
     return world.micro_s(size) * factor * rng.lognormvariate(0, world.jitter)
 
 
@@ -159,10 +171,12 @@ def _probe(world: World, noise: float, sizes: tuple[int, ...], rng: random.Rando
             sizes[0],
             2 * sizes[0],
         )
-    n, first = sum(sizes), gradient(noise, sizes[0], world.dims, rng)
+    n, share = sum(sizes), sizes[0] / sum(sizes)
+    first = gradient(noise, sizes[0], world.dims, rng)
     rest = gradient(noise, n - sizes[0], world.dims, rng)
-    large = [(a * sizes[0] + b * (n - sizes[0])) / n for a, b in zip(first, rest, strict=True)]
-    return sq_norm(first), sq_norm(large), sizes[0], n
+    large = [a * share + b * (1 - share) for a, b in zip(first, rest, strict=True)]
+    apart = sq_norm([a - b for a, b in zip(first, large, strict=True)])
+    return sq_norm(large) + apart, sq_norm(large), sizes[0], n
 
 
 def gradient(noise: float, n: int, dims: int, rng: random.Random) -> list[float]:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,10 +26,66 @@ def learned(
     return state
 
 
-def test_the_smallest_size_on_the_plateau_is_chosen():
-    size, reason = microbatch.choose(learned([2, 4, 8], overhead=0.1, sample=1.0), 512)
+def test_where_memory_is_worth_saving_the_smallest_size_on_the_plateau_is_chosen():
+    known = learned([2, 4, 8], overhead=0.1, sample=1.0, budget=9000, per=100)
+    size, reason = microbatch.choose(known, 512)
     assert size == 8  # a doubling would gain 1 %
     assert "plateau" in reason
+
+
+@pytest.mark.parametrize("changed", [{}, {"budget": 20_000, "per": 1}])
+def test_where_memory_is_not_worth_saving_a_size_not_yet_sure_gives_way_to_the_whole_step(changed):
+    state = learned([2, 4], overhead=0.1, sample=1.0, current=8, **changed)
+    for _ in range(2):
+        state = microbatch.update(state, 8, 8.1, None)
+    size, reason = microbatch.choose(state, 32)
+    assert size == 32
+    assert "to measure it" in reason
+
+
+def test_a_size_above_the_plateau_gives_memory_back_by_halves_only_where_that_is_worth_it():
+    for per, chosen in ((100, 16), (1, 32)):
+        state = learned([4, 8, 32], overhead=0.01, sample=1.0, budget=9000, per=per)
+        assert microbatch.choose(state, 32)[0] == chosen
+    no_peaks = dataclasses.replace(state, peaks={}, early_peaks={})
+    assert microbatch.choose(no_peaks, 32)[0] == 32
+    assert microbatch.choose(microbatch.rebudget(state, None), 32)[0] == 32
+
+
+def test_memory_given_back_in_vain_is_not_given_back_again_until_the_budget_changes():
+    def told(state, size, seconds):
+        for _ in range(20):
+            state = microbatch.update(state, size, seconds, (1000 + 100 * size) * MIB)
+        return state
+
+    state = learned([2, 4, 32], overhead=0.3, sample=1.0, budget=9000, per=100)
+    state = microbatch.take(state, microbatch.choose(state, 32)[0])
+    assert state.current == 16
+    slow = told(state, 16, 16.0 * 1.06)
+    size, reason = microbatch.choose(slow, 32)
+    assert size == 32
+    assert "+5 % samples/s" in reason
+    back = told(microbatch.take(slow, size), 16, 16.0)
+    assert microbatch.choose(back, 32)[0] == 32
+    asked = microbatch.rebudget(back, 8000 * MIB)
+    assert microbatch.choose(asked, 32)[0] == 16
+
+
+def test_a_smaller_size_measured_clearly_faster_is_taken_whatever_the_memory():
+    state = learned([4, 8, 16, 32], overhead=0.0, sample=1.0)
+    for _ in range(20):
+        state = microbatch.update(state, 32, 32 * 1.05, None)
+    size, reason = microbatch.choose(state, 32)
+    assert size in (4, 8, 16)
+    assert "+5 % samples/s" in reason
+
+
+def test_a_smaller_size_is_not_taken_on_a_difference_that_the_noise_of_its_times_explains():
+    state, rng = learned([4, 8], overhead=0.0, sample=1.0, current=32), random.Random(3)
+    for _ in range(20):
+        for size, seconds in ((16, 15.0), (32, 32.0)):
+            state = microbatch.update(state, size, seconds * rng.lognormvariate(0, 0.2), None)
+    assert microbatch.choose(state, 32)[0] == 32
 
 
 def test_a_larger_size_is_chosen_while_it_gains_but_never_far_above_what_was_run():

@@ -13,6 +13,7 @@ from simulator import GIB, World, oracle_goodput, simulate, worlds
 from hybrid_magic.policy import growth
 from hybrid_magic.policy.facts import Settings
 
+MIB = 2**20
 WORLDS = worlds(48)
 
 
@@ -26,6 +27,47 @@ def test_the_micro_batch_is_within_5_per_cent_of_the_best_after_30_steps_in_most
     assert sum(ooms) == 0
     assert sum(share >= 0.95 for share in shares) >= 0.9 * len(shares)
     assert min(shares) > 0.85
+
+
+NOISY = World(
+    sample_s=5e-3,
+    fixed_bytes=700 * MIB,
+    optimizer_bytes=20 * MIB,
+    sample_bytes=MIB // 4,
+    capacity_bytes=21 * GIB,
+    jitter=0.2,
+    spikes=0.1,
+    noise=1.0,
+    noise_end=1.0,
+)  # a CPU that others use too
+
+
+@pytest.mark.parametrize("batch", ["fixed", "adaptive"])
+@pytest.mark.parametrize("overhead_s", [1e-3, 1e-2, 5e-2])
+def test_noisy_times_and_constant_memory_settle_at_once_and_for_good(overhead_s, batch):
+    world = dataclasses.replace(NOISY, overhead_s=overhead_s)
+    for seed, base in enumerate([32, 50, 128] * 2):
+        asked = Settings(base=base, max_batch=16 * base, batch=batch, budget_bytes=19 * GIB)
+        trace = simulate(world, asked, 1000, seed=seed)
+        taken = statistics.median(sum(map(world.micro_s, sizes)) for sizes in trace.sizes[30:])
+        assert world.micro_s(base) >= 0.97 * taken
+        assert len([change for change in trace.changes if change.what == "micro"]) <= 3
+
+
+def test_a_cache_that_the_whole_step_overflows_is_found_by_measuring_halves():
+    world = dataclasses.replace(NOISY, jitter=0.03, spikes=0.02, cache=40, spill_s=2e-3)
+    asked = Settings(base=64, max_batch=64 * 16, budget_bytes=19 * GIB)
+    trace = simulate(world, asked, 600)
+    best = 2 * world.micro_s(32)
+    assert sum(map(world.micro_s, trace.sizes[-1])) <= 1.04 * best < world.micro_s(64)
+
+
+def test_memory_is_given_back_where_it_is_much_and_never_at_the_price_of_time():
+    world = World(overhead_s=1e-3, sample_s=1e-3, sample_bytes=40 * MIB, capacity_bytes=8 * GIB)
+    asked = Settings(base=128, batch="fixed", max_batch=128, budget_bytes=7 * GIB)
+    trace = simulate(world, asked, 600)
+    assert max(trace.sizes[-1]) <= 64
+    assert trace.rate(-100) > 0.95 * 128 / world.best_step_s(128, 7 * GIB)
 
 
 @pytest.mark.parametrize("most", [777, 3000, 20_000])
@@ -105,6 +147,34 @@ def test_memory_bounds_the_growth_of_models_with_batch_statistics_before_it_cuts
     )
     trace = simulate(world, asked, 600)
     assert set(trace.sizes) == {(32,), (40,)}  # 1.5 x 40 in two would be below 32 each
+
+
+def test_a_huge_batch_with_batch_statistics_waits_for_the_optimizers_state_before_it_is_cut_less():
+    world = World(sample_bytes=10 * MIB, optimizer_bytes=4 * GIB, capacity_bytes=7 * GIB)
+    asked = Settings(
+        base=64, batch=256, max_batch=256, budget_bytes=int(6.5 * GIB), batch_statistics=True
+    )
+    trace = simulate(world, asked, 60)
+    assert trace.ooms == 0
+    assert max(world.bytes(max(sizes)) for sizes in trace.sizes) <= asked.budget_bytes
+    assert sum(trace.sizes[-1]) == 256
+
+
+@pytest.mark.parametrize("launch_bound", [False, True])
+def test_probes_of_a_run_that_cannot_grow_cost_at_most_2_per_cent(launch_bound):
+    world = World(
+        overhead_s=5e-4 if launch_bound else 1e-3,
+        sample_s=1e-6 if launch_bound else 1e-3,
+        norm_s=4e-5,
+        noise=1.0,
+        noise_end=1.0,
+    )
+    asked = Settings(base=32, max_batch=512, budget_bytes=14 * GIB)
+    for steps in (200, 3000):
+        trace = simulate(world, asked, steps)
+        plain = simulate(world, dataclasses.replace(asked, batch="fixed"), steps)
+        assert set(trace.batches) == {32}
+        assert trace.rate(10) > (0.98 if steps < 1000 else 0.985) * plain.rate(10)
 
 
 @settings(max_examples=25)

@@ -93,14 +93,66 @@ def test_batch_statistics_are_never_measured_by_cutting_a_step():
         assert plan.sizes == (32,)
         probes += plan.probe
         state, _ = steering.observe(state, facts(step, plan.sizes))
-    assert probes == 25
+    assert probes == 12  # one in 8, as no times tell what they cost
 
 
-def test_a_single_micro_batch_is_cut_in_two_for_one_step_in_four():
-    trace = simulate(dataclasses.replace(World(), spikes=0), ADAPTIVE, 90)
-    cut = [sizes for sizes in trace.sizes[20:] if sizes == (16, 16)]
-    assert 16 <= len(cut) <= 18
-    assert set(trace.sizes[20:]) == {(32,), (16, 16)}
+def probed_at(state, steps, *, micro_s, norms_s=0.0):
+    """Run `steps` steps and return the plans of those that measured the noise, with their steps."""
+    found = {}
+    for step in range(steps):
+        plan, state = steering.plan(state)
+        times = tuple(micro_s(size) for size in plan.sizes)
+        seconds = 0.001 + norms_s * plan.probe
+        noise = (33.0, 1.0, 16, 32) if plan.probe else None
+        if plan.probe:
+            found[step] = plan.sizes
+        fact = facts(step, plan.sizes, micro_seconds=times, optimizer_seconds=seconds, noise=noise)
+        state, _ = steering.observe(state, fact)
+    return found
+
+
+def per_step(found, first, last):
+    return sum(first <= step < last for step in found) / (last - first)
+
+
+def test_a_cheap_probe_cuts_one_step_in_eight_until_its_cost_is_known_and_then_one_in_four():
+    found = probed_at(steering.init(ADAPTIVE), 100, micro_s=lambda size: 0.01 * size)
+    assert set(found.values()) == {(16, 16)}
+    assert per_step(found, 1, 17) == 1 / 8
+    assert per_step(found, 40, 100) == pytest.approx(1 / 4, abs=0.02)
+
+
+@pytest.mark.parametrize("overhead", [0.02, 0.04])
+def test_cutting_costs_at_most_2_per_cent_of_the_run_from_the_start(overhead):
+    found = probed_at(steering.init(ADAPTIVE), 300, micro_s=lambda size: overhead + 0.01 * size)
+    whole = 0.001 + overhead + 0.32
+    cuts = sum(len(sizes) == 2 for step, sizes in found.items() if step > 8)
+    assert cuts * overhead <= 0.021 * 292 * whole
+
+
+def test_a_cut_that_would_cost_much_is_not_made_but_two_steps_are_compared():
+    found = probed_at(steering.init(ADAPTIVE), 200, micro_s=lambda size: 0.01 + 1e-5 * size)
+    assert set(found.values()) == {(32,)}
+    assert per_step(found, 40, 200) == pytest.approx(1 / 4, abs=0.02)
+
+
+def test_norms_that_cost_much_are_taken_seldom():
+    found = probed_at(
+        steering.init(ADAPTIVE), 900, micro_s=lambda size: 0.01 + 1e-5 * size, norms_s=0.002
+    )
+    assert per_step(found, 100, 900) * 2 * 0.002 <= 0.021 * 0.0113  # both of two steps pay
+
+
+def test_a_run_that_cannot_grow_is_probed_ever_more_seldom_down_to_one_step_in_64():
+    found = probed_at(steering.init(ADAPTIVE), 9000, micro_s=lambda size: 0.01 * size)
+    assert per_step(found, 500, 1000) >= 1 / 17
+    assert per_step(found, 8000, 9000) == pytest.approx(1 / 64, abs=0.002)
+
+
+def test_a_summed_loss_is_measured_without_a_cut():
+    state = steering.summed(steering.init(ADAPTIVE))
+    found = probed_at(state, 60, micro_s=lambda size: 0.01 * size)
+    assert set(found.values()) == {(32,)}
 
 
 @pytest.mark.parametrize("settings", [FIXED, dataclasses.replace(ADAPTIVE, batch=96)])
@@ -349,3 +401,15 @@ def test_a_rehearsal_tells_what_larger_steps_cost_before_the_first_one_was_taken
     state, _ = run(state, 3)
     assert state.sizes.early_peaks == {8: points[0][2], 16: points[1][2], 32: points[2][2]}
     assert state.sizes.timings[16].later == (0.01 + 0.016,)
+
+
+def test_a_rehearsal_chooses_nothing_above_the_loader_batch():
+    state = steering.init(dataclasses.replace(ADAPTIVE, batch=128, batch_statistics=True))
+    points = [(size, 0.01 + 0.001 * size, GIB + size * 2**20) for size in (8, 16, 32)]
+    state, _ = steering.rehearsed(state, points + points)
+    assert steering.plan(state)[0].sizes == (32,) * 4
+    small = dataclasses.replace(
+        ADAPTIVE, batch=128, batch_statistics=True, budget_bytes=GIB + 2**24
+    )
+    state, _ = steering.rehearsed(steering.init(small), points + points)
+    assert max(steering.plan(state)[0].sizes) <= 16
