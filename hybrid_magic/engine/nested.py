@@ -73,6 +73,20 @@ def at(tree: Any, path: tuple[Any, ...]) -> Any:
     return tree
 
 
+def joined(first: Any, second: Any) -> Any:
+    """Return two batches of the same kind as one, None where their tensors do not fit together."""
+    others = leaves(second)
+
+    def join(leaf: Any) -> Any:
+        other = next(others)
+        return torch.cat([leaf, other]) if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
+
+    try:
+        return map_leaves(first, join)
+    except (RuntimeError, StopIteration):
+        return None
+
+
 def to_device(tree: Any, device: torch.device, *, channels_last: bool = False) -> Any:
     """Return `tree` with its tensors, and objects that have a `.to`, on `device` (non-blocking)."""
 

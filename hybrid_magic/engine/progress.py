@@ -17,7 +17,7 @@ from .. import run as runs
 from ..config import TrainConfig
 from ..errors import HybridMagicError
 from ..policy import steering
-from ..records import Record, Sink, StepRecord, ValidationRecord
+from ..records import NoteRecord, Record, Sink, StepRecord, ValidationRecord
 from ..run import Run
 from . import requests
 from .control import RunControl
@@ -80,8 +80,9 @@ class TrainState:
         return plan
 
     def lr_factor(self, size: int) -> float:
-        """Return the factor on the learning rate for a step of `size` samples."""
-        return steering.lr_factor(self._steering, size)
+        """Return the factor on the learning rate; one batch as it comes counts as planned."""
+        planned = max(self._steering.batch, self.settings.base)
+        return steering.lr_factor(self._steering, min(size, planned))
 
     def measures_peaks(self, data: StepData) -> bool:
         """Whether this step's micro-batches are the first points of the memory line."""
@@ -110,7 +111,10 @@ class TrainState:
             self._finish(self.step, self.samples, result, waited, seconds)
             return
         self._pending.append((self.step, self.samples, result, waited, seconds))
-        late = LATE_STEPS if self.step_state.skip_on_device else 1
+        self._read(LATE_STEPS if self.step_state.skip_on_device else 1)
+
+    def _read(self, late: int) -> None:
+        """Take in what the device was asked, but for the newest `late` steps."""
         while len(self._pending) > late:
             self._finish(*self._pending.popleft())
 
@@ -125,6 +129,8 @@ class TrainState:
             self._sums = reduction is not None and reduction.kind == "sum"
             if self._sums:
                 self._steering = steering.summed(self._steering)
+            if reduction is not None and reduction.note:
+                self.emit(NoteRecord(reduction.note))
         size = sum(result.sizes)
         loss = seen.loss / size if self._sums else seen.loss
         if not self._pinned:
@@ -252,12 +258,12 @@ class TrainState:
         out_of_memory = False
         try:
             yield
-            self._flush()
+            self._read(0)
             if val is not None and run.outcome == "finished" and self._validated < self.step:
                 self._validate(val)  # the run ended inside an epoch
         except KeyboardInterrupt:
             run.outcome = "interrupted"
-            self._flush()
+            self._read(0)
             raise
         except BaseException as error:
             run.outcome, run.error = "failed", f"{type(error).__name__}: {error}"
@@ -281,10 +287,6 @@ class TrainState:
             f"micro-batches of {size} samples; try --micro {max(size // 2, 1)} (the global batch "
             "stays as it is), or a smaller --memory"
         )
-
-    def _flush(self) -> None:
-        while self._pending:
-            self._finish(*self._pending.popleft())
 
     def _trained(self) -> float:
         """Return the seconds spent training so far: no validation, no pause."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,9 @@ from torch.overrides import TorchFunctionMode
 
 from . import nested
 
+_COUNTING = ("cross_entropy", "nll_loss")  # their mean is over the targets that count
+_LABELS = ("labels", "label", "targets", "target", "y")
+
 
 @dataclass(frozen=True)
 class Reduction:
@@ -30,11 +33,15 @@ class Reduction:
 
     For "targets", `path` leads to the batch's leaf that holds them, `shift` how many
     positions the model drops at the front of the last dimension, `ignore_index` the target left out
-    and `class_weight` the weight of each class (None: all equal). `why` says it in words.
+    and `class_weight` the weight of each class (None: all equal). `why` says it in words; `note`
+    is what the person should know, None when nothing is surprising. `certain`: read off the
+    criterion, with nothing left to be tried.
     """
 
     kind: str
     why: str
+    certain: bool = True
+    note: str | None = None
     path: tuple[Any, ...] = ()
     shift: int = 0
     ignore_index: int = -100
@@ -55,7 +62,8 @@ class Reduction:
         kept = target != self.ignore_index
         if self.class_weight is None:
             return float(kept.sum())
-        return float(self.class_weight.to(target.device, torch.float64)[target[kept]].sum())
+        chosen = target[kept].long()  # a uint8 index would be a mask
+        return float(self.class_weight.to(target.device, torch.float64)[chosen].sum())
 
 
 def weights(reduction: Reduction, batches: Sequence[Any], sizes: Sequence[int]) -> list[float]:
@@ -119,8 +127,8 @@ class LossWatch(TorchFunctionMode):
         )
 
 
-def read(watch: LossWatch, loss: torch.Tensor, batch: Any, n: int, asked: str) -> Reduction:
-    """Return how `loss`, computed under `watch` from `batch` of `n` samples, is reduced.
+def read(watch: LossWatch, loss: torch.Tensor, batch: Any, asked: str) -> Reduction:
+    """Return how `loss`, computed under `watch` from `batch`, is reduced.
 
     Args:
         watch: what was called while the loss was computed.
@@ -132,40 +140,73 @@ def read(watch: LossWatch, loss: torch.Tensor, batch: Any, n: int, asked: str) -
     if asked == "sum":
         return Reduction("sum", "--reduction sum")
     own = next((call for call in calls if call.result is loss), None)
-    if asked == "auto" and own is None and calls and all(call.reduction == "sum" for call in calls):
-        # A sum divided by its samples is a mean; of one sample the two are the same number, and
-        # then only a loss with more added to the sum is taken for a sum.
-        value, part = abs(float(loss.detach())), abs(float(calls[-1].result.detach()))
-        if value > (1.0001 if n == 1 else 0.9) * part:
-            return Reduction("sum", f"the loss is made of sums ({calls[-1].name})")
     if asked == "auto" and own is not None and own.reduction == "sum":
         return Reduction("sum", f"{own.name} is called with reduction='sum'")
     for call in [own] if own is not None else calls:
         found = _targets(call, batch) if call.reduction == "mean" else None
         if found is not None:
-            return found
-    return Reduction(
-        "mean", f"{own.name} is a mean over samples" if own else "taken as a mean over samples"
+            return found if own is not None else replace(found, certain=asked == "mean")
+    counted = own is not None and own.name in _COUNTING and not own.target.is_floating_point()
+    certain = asked == "mean" or (own is not None and not counted)
+    why = f"{own.name} is a mean over samples" if own else "taken as a mean over samples"
+    return Reduction("mean", why, certain)
+
+
+def settle(found: Reduction, pieces: Sequence[Any], sizes: Sequence[int], losses: Any) -> Reduction:
+    """Return how a loss is reduced whose criterion does not tell, by trying it out.
+
+    Args:
+        found: the first guess.
+        pieces: two parts of a batch, with their `sizes`.
+        losses: the losses (floats) of the whole batch and of the two parts.
+    """
+    whole, *parts = losses
+    for guess in (found, Reduction("mean", "a mean over samples"), Reduction("sum", "a sum")):
+        factors = weights(guess, pieces, sizes)
+        joined = sum(factor * part for factor, part in zip(factors, parts, strict=True))
+        if abs(joined - whole) <= 1e-4 * max(abs(whole), 1e-12):
+            note = None
+            if guess.kind == "sum":
+                note = "the loss is a sum over samples: micro-batches are added up, not averaged"
+            return replace(guess, why=f"{guess.why}, by trial", certain=True, note=note)
+    factors = weights(found, pieces, sizes)
+    joined = sum(factor * part for factor, part in zip(factors, parts, strict=True))
+    note = (
+        "the loss of a batch is not the mean of its parts' losses "
+        f"({whole:.4g} in one piece, {joined:.4g} in two): the gradient depends on how a step is "
+        "cut; keep --micro at the loader's batch if that matters (in-batch or masked losses)"
     )
+    return replace(found, certain=True, note=note)
 
 
 def _targets(call: _Call, batch: Any) -> Reduction | None:
-    """Return the counting rule of a cross-entropy whose targets are a leaf of the batch."""
+    """Return the counting rule of a cross-entropy whose targets are a leaf of the batch.
+
+    Of several leaves that hold the same numbers the one that is the target's own memory counts,
+    else one that is called after labels, else the last.
+    """
     target = call.target
-    if call.name not in ("cross_entropy", "nll_loss") or not isinstance(target, torch.Tensor):
+    if call.name not in _COUNTING or not isinstance(target, torch.Tensor):
         return None
     if target.is_floating_point():
         return None
-    flat = target.reshape(-1)
-    for path, leaf in nested.paths(batch):
+    flat, best = target.reshape(-1), (-1, 0)
+    found: Reduction | None = None
+    for number, (path, leaf) in enumerate(nested.paths(batch)):
         if not isinstance(leaf, torch.Tensor) or leaf.is_floating_point() or leaf.dim() == 0:
             continue
+        shared = leaf.untyped_storage().data_ptr() == target.untyped_storage().data_ptr()
+        called = bool(path) and str(path[-1]) in _LABELS
         for shift in (0, 1) if leaf.dim() > 1 else (0,):
-            if _same(flat, leaf[..., shift:], call.ignore_index):
+            rank = (2 * shared + called, number)
+            if rank > best and _same(flat, leaf[..., shift:], call.ignore_index):
                 why = f"{call.name} counts targets other than {call.ignore_index}"
                 why += ", weighted by class" if call.weight is not None else ""
-                return Reduction("targets", why, path, shift, call.ignore_index, call.weight)
-    return None
+                best = rank
+                found = Reduction(
+                    "targets", why, True, None, path, shift, call.ignore_index, call.weight
+                )
+    return found
 
 
 def _same(flat: torch.Tensor, leaf: torch.Tensor, ignore_index: int) -> bool:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from . import nested
+from .data import StepData
 from .precision import Precision
 from .prepare import RandomState
+from .reduction import Reduction, settle
 from .step import StepState, backward, check_loss, forward
 
 GAIN = 1.15  # a reduced precision must be this much faster than fp32 to be chosen by measurement
@@ -39,10 +41,11 @@ def leaving_no_trace(state: StepState) -> Iterator[None]:
 
 
 def _pass_seconds(state: StepState, batch: Any) -> float:
-    """Return the seconds of one forward and backward pass on a host batch."""
+    """Return the seconds of one forward and backward pass on a copy of a host batch."""
+    batch = _copy(state, batch)
     state.device.synchronize()
     start = state.device.mark()
-    loss, _ = forward(state, batch if state.mover is None else state.mover(batch))
+    loss, _ = forward(state, batch)
     check_loss(loss)
     backward(state, loss)
     seconds = state.device.seconds(start, state.device.mark())
@@ -77,6 +80,43 @@ def faster_precision(
     chosen = name if best["fp32"] > GAIN * best[name] and wins >= rounds - 1 else "fp32"
     times = " and ".join(f"{key} {seconds * 1e3:.3g} ms" for key, seconds in best.items())
     return chosen, f"a micro-batch took {times}"
+
+
+def settle_reduction(state: StepState, data: StepData, found: Reduction) -> Reduction:
+    """Return how the loss is reduced, by computing it of a batch in one piece and in two.
+
+    In eval mode, in FP32 and without gradients, on a copy; modes and random state are put back.
+    `found` stays where no micro-batch of the first step can be cut.
+    """
+    n = max(data.sizes)
+    batch = data.batches[data.sizes.index(n)]
+    if n > 1 and nested.count(batch) == n:
+        cut = max(1, n // 3)  # unequal parts, so that a mean of means is not taken for the mean
+        pieces, sizes = [nested.rows(batch, 0, cut), nested.rows(batch, cut, n)], [cut, n - cut]
+    else:
+        pieces, sizes = data.batches[:2], data.sizes[:2]
+        batch = nested.joined(*pieces) if len(pieces) == 2 else None
+        if batch is None:
+            return found
+    modes = [(module, module.training) for module in state.model.modules()]
+    random, precision = RandomState(state.device.device), state.precision
+    state.precision = Precision("fp32", state.device.device)
+    state.model.eval()
+    try:
+        with torch.no_grad():
+            losses = [float(forward(state, _copy(state, piece))[0]) for piece in (batch, *pieces)]
+    finally:
+        state.precision = precision
+        for module, training in modes:
+            module.training = training
+        random.put_back()
+    return settle(found, pieces, sizes, losses)
+
+
+def _copy(state: StepState, batch: Any) -> Any:
+    """Return a copy of a host batch on the device, for a step that may write into it."""
+    batch = nested.map_leaves(batch, lambda leaf: leaf.clone() if hasattr(leaf, "clone") else leaf)
+    return batch if state.mover is None else state.mover(batch)
 
 
 def measure_sizes(

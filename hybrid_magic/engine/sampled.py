@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def open_feed(loader: Any, name: str, *, workers: int | None = None, pin: bool =
         )
     if isinstance(loader, DataLoader) and _standard(loader):
         return SampledFeed(loader, workers, pin)
-    if not hasattr(loader, "__iter__"):
+    if not hasattr(loader, "__iter__") or isinstance(loader, (torch.nn.Module, Mapping, str)):
         raise HybridMagicError(
             f"{name} is a {type(loader).__name__}; wanted a DataLoader or an iterable of batches; "
             "name your training loader"
@@ -151,6 +151,8 @@ class SampledFeed:
         torch.empty((), dtype=torch.int64).random_(generator=self._generator)
         tensors, order = self._tensors or ([], None)
         for taken in self.indices():
+            if type(taken[0]) is not int:  # tensors or NumPy integers, which index otherwise
+                taken = [int(index) for index in taken]
             at = taken if order is None else [order[index] for index in taken]
             batch = [tensor[at] for tensor in tensors]
             yield [tensor.pin_memory() for tensor in batch] if self._pin else batch

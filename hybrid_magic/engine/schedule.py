@@ -12,6 +12,8 @@ from typing import Any
 
 from torch.optim import lr_scheduler
 
+from ..errors import HybridMagicError
+
 _HORIZONS = ("total_steps", "T_max", "total_iters", "T_0", "step_size")
 
 
@@ -30,6 +32,19 @@ class ScheduleClock:
         self._base, self._batches = base, batches
         self.per, self.why = _clock(scheduler, batches, epochs)
         self._in_epoch = 0  # loader batches of this epoch that the scheduler was told of
+
+    def check(self, epochs: int) -> None:
+        """Raise HybridMagicError when a OneCycleLR would end before `epochs` epochs do."""
+        scheduler = self.scheduler
+        if not isinstance(scheduler, lr_scheduler.OneCycleLR) or self._batches is None:
+            return
+        left, needed = scheduler.total_steps - scheduler.last_epoch, epochs * self._batches
+        if needed > left:
+            raise HybridMagicError(
+                f"the scheduler has {left} of its {scheduler.total_steps} steps left, and "
+                f"{epochs} epochs of {self._batches} batches need {needed}; wanted as many; make "
+                "it (and its optimizer) anew"
+            )
 
     def advance(self, samples_in_epoch: int) -> None:
         """Catch up with `samples_in_epoch` samples of this epoch."""
@@ -67,9 +82,10 @@ def _clock(scheduler: Any, batches: int | None, epochs: int | None) -> tuple[str
     horizon = _horizon(scheduler)
     if horizon is None:
         return "epoch", f"{name} names no number of steps"
-    limit = max(2 * (epochs or 1), 2)
-    if batches is not None and batches > 2 and horizon > limit:
-        return "batch", f"{name} spans {horizon} steps, more than {epochs or 1} epochs"
+    # Only a curve that is too long for the epochs, and not for the batches, can mean batches.
+    many = 2 * (epochs or 1)
+    if batches is not None and many < horizon and batches <= horizon <= 1.1 * batches * many:
+        return "batch", f"{name} spans {horizon} steps, an epoch has {batches} batches"
     return "epoch", f"{name} spans {horizon} steps"
 
 

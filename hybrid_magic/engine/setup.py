@@ -50,6 +50,17 @@ def settings_for(
 ) -> steering.Settings:
     """Return what the policy may do in this run."""
     feed = task.feed
+    if config.batch == "adaptive" and (config.max_batch or feed.base) < feed.base:
+        raise ConfigError(
+            f"--max-batch {config.max_batch} is below {feed.base}, the batch of "
+            f"{task.names['loader']}, at which a run begins; wanted at least that; raise it, or "
+            "make the loader's batch smaller"
+        )
+    if isinstance(config.accum, int) and config.accum > feed.base and config.micro == "auto":
+        task.notes.append(
+            f"--accum {config.accum} is above the loader's batch of {feed.base} samples: a step of "
+            "that size is cut into single samples"
+        )
     checked: Any = config  # its values were checked when it was made
     if feed.most is not None and isinstance(config.micro, int) and config.micro > feed.most:
         raise ConfigError(
@@ -104,7 +115,7 @@ def open_state(
     if compute is None:
         compute, said = infer_step(task, first.batches[0])
         task.notes.append(said)
-    params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
     ready = StepState(
         model=task.model,
         compute=compute,
@@ -117,6 +128,7 @@ def open_state(
         clip=config.clip,
         batch_statistics=has_batch_statistics(task.model),
         mover=mover_for(probe.device),
+        settle=rehearse.settle_reduction,
     )
     state.begun = True
     with state.interrupts.at_once():
@@ -130,6 +142,8 @@ def open_state(
     if task.scheduler is not None:
         batches = None if task.feed.samples is None else -(-task.feed.samples // task.feed.base)
         schedule = ScheduleClock(task.scheduler, task.feed.base, batches, config.epochs)
+        if config.steps is None and config.minutes is None:
+            schedule.check(config.epochs or 1)
         task.notes.append(f"scheduler: one step per {schedule.per} ({schedule.why})")
     state.schedule = schedule
     state.emit(_start(task, config, probe, optimizer, ready.precision.name, state.settings))

@@ -8,7 +8,7 @@ Knows no policy, no loader and no record.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,7 @@ class StepState:
     steps: int = 0
     reduction: Reduction | None = None
     skip_on_device: bool = False
+    settle: Callable[[StepState, StepData, Reduction], Reduction] | None = None
     scales: dict[float, Tensor] = field(default_factory=dict)
 
 
@@ -102,8 +103,8 @@ def train_step(
             if number + 1 < len(data.batches):
                 coming = state.mover.send(data.batches[number + 1])
         if weights is None:
-            loss, extra = _watched_forward(state, data, moved, number)
-            weights = reduction.weights(state.reduction, data.batches, data.sizes)  # type: ignore[arg-type]
+            loss, extra, found = _watched_forward(state, data, moved)
+            weights = reduction.weights(found, data.batches, data.sizes)
         else:
             loss, extra = forward(state, moved)
         marks.append(mark())
@@ -159,14 +160,22 @@ def backward(state: StepState, loss: Tensor, weight: float = 1.0) -> None:
 
 
 def _watched_forward(
-    state: StepState, data: StepData, batch: Any, number: int
-) -> tuple[Tensor, dict[str, Any]]:
+    state: StepState, data: StepData, batch: Any
+) -> tuple[Tensor, dict[str, Any], Reduction]:
     """Run the first forward pass of a run, learning from it how the loss is reduced."""
     with LossWatch() as watch:
         loss, extra = forward(state, batch)
     check_loss(loss)
-    state.reduction = reduction.read(watch, loss, batch, data.sizes[number], state.asked_reduction)
-    return loss, extra
+    if not isinstance(extra, Mapping):
+        raise HybridMagicError(
+            f"the step gave (loss, {type(extra).__name__}); wanted the loss, or (loss, a dict of "
+            "numbers to record); name what is to be recorded"
+        )
+    found = reduction.read(watch, loss, batch, state.asked_reduction)
+    if not found.certain and state.settle is not None:
+        found = state.settle(state, data, found)
+    state.reduction = found if found.certain else None  # else it is looked at again
+    return loss, extra, found
 
 
 def check_loss(loss: Any) -> None:

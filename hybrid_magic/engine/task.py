@@ -72,11 +72,8 @@ def describe(
         )
     if scheduler is not None:
         _check_scheduler(scheduler, optimizer)
-    if val is not None and not hasattr(val, "__iter__"):
-        raise HybridMagicError(
-            f"{called['val']} is a {type(val).__name__}; wanted a DataLoader or an iterable of "
-            "batches"
-        )
+    if val is not None:
+        _check_val(val, called["val"], config.epochs or 1)
     if optimizer is not None and config.lr is not None:
         raise ConfigError(
             f"--lr {config.lr:g} is for a fresh AdamW, but {called['optimizer']} is used and "
@@ -109,6 +106,11 @@ def _check_model(model: Any, name: str) -> None:
             f"{name} has {found}; wanted at least one with requires_grad=True; unfreeze what "
             "should be trained"
         )
+    if any(parameter.is_meta for parameter in parameters):
+        raise HybridMagicError(
+            f"{name} is on the meta device, without weights; wanted real ones; move it with "
+            "to_empty() and initialise it"
+        )
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in parameters):
         raise HybridMagicError(
             f"{name} has lazy parameters without a shape yet; wanted real ones; run one batch "
@@ -125,6 +127,23 @@ def _check_model(model: Any, name: str) -> None:
             "mixed precision "
             f"works; call {name if name.isidentifier() else 'model'}.float() and make its "
             "optimizer anew"
+        )
+
+
+def _check_val(val: Any, name: str, epochs: int) -> None:
+    if not hasattr(val, "__iter__") or isinstance(val, (nn.Module, Mapping, str)):
+        raise HybridMagicError(
+            f"{name} is a {type(val).__name__}; wanted a DataLoader or an iterable of batches; "
+            "name your validation loader"
+        )
+    if hasattr(val, "__next__") and epochs > 1:
+        raise HybridMagicError(
+            f"{name} can be read only once, and is validated on after each of {epochs} epochs; "
+            "wanted something that can be read again; make it a list or a DataLoader"
+        )
+    if hasattr(val, "__len__") and len(val) == 0:
+        raise HybridMagicError(
+            f"{name} is empty; wanted at least one batch; check its dataset (and drop_last)"
         )
 
 
@@ -224,10 +243,12 @@ def _pair_step(criterion: Any, classes: bool) -> Compute:
         output = model(x)
         if torch.is_autocast_enabled(y.device.type):  # some losses are not safe in half precision
             with torch.autocast(y.device.type, enabled=False):
-                loss = criterion(output.float(), y)
+                full = output.float() if isinstance(output, torch.Tensor) else output
+                loss = criterion(full, y)
         else:
             loss = criterion(output, y)
-        if model.training or not classes or output.dim() < 2 or output.shape[0] != y.shape[0]:
+        classified = classes and isinstance(output, torch.Tensor) and output.dim() > 1
+        if model.training or not classified or output.shape[0] != y.shape[0]:
             return loss
         return loss, {"accuracy": _accuracy(output, y)}
 

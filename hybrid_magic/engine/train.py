@@ -70,6 +70,10 @@ def train(
     for name, value in given.items():
         if value is not None:
             options[name] = (names or {}).get(name) or type(value).__name__
+    if options.get("device") is not None:
+        options["device"] = str(options["device"])
+    if hasattr(loader, "__next__") and options.get("epochs") is None:
+        options["epochs"] = 1  # there is no second epoch of what is read once
     config = TrainConfig.from_options(options)
     with random_state_kept_on_error():
         if config.seed is not None:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from ..errors import HybridMagicError
 from .arguments import Line
 
+CRITERIA = ("criterion", "loss_fn", "loss_func", "loss_function")  # what people call their own
 ROLES = ("val", "optimizer", "loss", "scheduler")  # options whose value is a name in the notebook
 
 
@@ -179,6 +180,10 @@ def _one_optimizer(namespace: Mapping[str, Any], model: nn.Module, called: str) 
 
 def _one_criterion(namespace: Mapping[str, Any]) -> dict[str, Any]:
     found = _distinct(namespace, lambda value: isinstance(value, nn.modules.loss._Loss))
+    named = {
+        name: value for name, value in namespace.items() if name in CRITERIA and callable(value)
+    }
+    found = {**found, **_distinct(named, lambda value: value not in found.values())}
     return _single(found, "criteria", "--loss NAME") if found else {}
 
 

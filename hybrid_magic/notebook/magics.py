@@ -103,7 +103,7 @@ def train(shell: Any, line: str, cell: str | None) -> None:
         raise error.with_traceback(_theirs(error.__traceback__))  # noqa: B904
     finally:
         run = runs.last_run if runs.last_run is not before else None
-        view.close(run)
+        view.close(run if mistake is None or (run is not None and run.steps) else None)
         if config.o is not None and run is not None:
             shell.user_ns[config.o] = run
     if mistake is not None:

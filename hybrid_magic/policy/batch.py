@@ -68,17 +68,21 @@ def split(n: int, micro: int, *, floor: int = 1) -> tuple[int, ...]:
     return shares(n, min(count + (rest > 0), most))
 
 
-def rising(n: int, top: int) -> tuple[int, ...]:
-    """Return a first step's sizes: two rises to about `top`, then the rest.
+def rising(n: int, top: int, *, least: int = 2) -> tuple[int, ...]:
+    """Return a first step's sizes: two rises to about `top`, then the rest; none below `least`, as
+    people's code does not expect a single sample.
 
     `top` is well under what is thought to fit. Each size is a point (size, peak bytes, seconds) of
     the micro-batch model; twice, because the first time of a size pays for its kernels.
     """
-    top = ladder(max(1, min(top, n)))[-1]
-    rise = sorted({ladder(max(1, top // part))[-1] for part in (4, 2, 1)})
+    least = min(least, n)
+    top = ladder(max(least, min(top, n)))[-1]
+    rise = sorted({ladder(max(least, top // part))[-1] for part in (4, 2, 1)})
     sizes: list[int] = []
     for size in rise + rise:
         if sum(sizes) + size <= n:
             sizes.append(size)
     rest = n - sum(sizes)
-    return (*sizes, *split(rest, top)) if rest else tuple(sizes)
+    if 0 < rest < least:
+        sizes[-1], rest = sizes[-1] + rest, 0
+    return (*sizes, *split(rest, top, floor=least)) if rest else tuple(sizes)

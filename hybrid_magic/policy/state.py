@@ -92,16 +92,22 @@ def pinned(settings: Settings, batch: int) -> int | None:
 def first_step(settings: Settings, n: int) -> tuple[int, ...]:
     """Return the rising sizes of the first step: to a quarter of the loader batch, which may not
     fit, or up to all of it where a huge step would become hundreds of micro-batches."""
-    top = max(min(n, settings.base) // 4, min(n // 64, settings.base), 1)
-    return cutting.rising(n, min(top, settings.micro_most or top))
+    few = 3 if n > 4 else 1  # with 2, the fewest in one, that makes two sizes and so a line
+    top = max(min(n, settings.base) // 4, min(n // 64, settings.base), few)
+    most = settings.micro_most or top
+    return cutting.rising(n, min(top, most), least=min(2, most) if settings.micro_most else 2)
 
 
 def recut(state: State, n: int) -> tuple[int, ...]:
     """Return the cut of exactly `n` samples as things stand."""
     accum = state.settings.accum
     if accum is not None and n == state.batch and state.micro == -(-n // accum):
-        return cutting.shares(n, accum)
-    return cutting.split(n, state.micro, floor=state.sizes.floor)
+        pieces = max(1, n // 2) if state.settings.batch_statistics else n
+        return cutting.shares(n, min(accum, pieces))
+    sizes = cutting.split(n, state.micro, floor=state.sizes.floor)
+    if state.sized and len(sizes) > 1 and sizes[-1] == 1 and sizes[-2] > 2:
+        return (*sizes[:-2], sizes[-2] - 1, 2)  # people's code does not expect a single sample
+    return sizes
 
 
 def gain(state: State, n: int) -> float:

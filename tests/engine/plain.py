@@ -12,6 +12,7 @@ from hybrid_magic.engine.data import StepData
 from hybrid_magic.engine.device import probe_for
 from hybrid_magic.engine.gradients import NoiseProbe
 from hybrid_magic.engine.precision import Precision
+from hybrid_magic.engine.rehearse import settle_reduction
 from hybrid_magic.engine.step import StepState
 
 CPU = torch.device("cpu")
@@ -137,6 +138,7 @@ def step_state(
         clip=clip,
         batch_statistics=False,
         mover=None,
+        settle=settle_reduction,
     )
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from plain import Transformer, cut, mlp, sentences, step_state, vectors
 from torch import nn
 
+import hybrid_magic as hm
 from hybrid_magic.engine import nested
 from hybrid_magic.engine.step import train_step
 
@@ -102,6 +103,62 @@ def test_a_sum_divided_by_the_number_of_samples_is_a_mean(sizes: list[int]) -> N
         return F.cross_entropy(model(x.double()), y, reduction="sum") / len(y)
 
     assert_cut_changes_nothing(mlp(), compute, vectors(sum(sizes)), sizes)
+
+
+def divided(model: Any, x: Any, y: Any) -> Any:
+    return (
+        F.cross_entropy(model(x), y, reduction="sum") / len(y)
+        + 0.01 * model[0].weight.square().sum()
+    )
+
+
+def fixed_scale(model: Any, x: Any, y: Any) -> Any:
+    return F.cross_entropy(model(x), y, reduction="sum") / 16
+
+
+def by_hand_sum(model: Any, x: Any, y: Any) -> Any:
+    return ((model(x) - 1) ** 2).sum()
+
+
+def small_sum(model: Any, x: Any, y: Any) -> Any:
+    return 1e-3 * F.mse_loss(model(x), F.one_hot(y, 5).double(), reduction="sum")
+
+
+@given(sizes=cuts, loss=st.sampled_from([divided, fixed_scale, by_hand_sum, small_sum]))
+@settings(deadline=None, max_examples=40)
+def test_what_the_criterion_does_not_tell_is_tried_out(sizes: list[int], loss: Any) -> None:
+    def compute(model: Any, batch: Any) -> Any:
+        return loss(model, batch[0].double(), batch[1])
+
+    assert_cut_changes_nothing(mlp(), compute, vectors(sum(sizes)), sizes)
+
+
+def test_labels_that_look_like_the_inputs_at_first_are_still_told_apart() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=30, n_positions=16, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0,
+        attn_pdrop=0,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config)
+    ids = torch.arange(40).reshape(5, 8) % 30
+    labels = ids.clone()
+    labels[3:, 4:] = -100  # the first micro-batch has no padding
+    batch = {"input_ids": ids, "labels": labels}
+    assert_cut_changes_nothing(model, lambda model, batch: model(**batch).loss, batch, [3, 2])
+
+
+def test_a_loss_that_a_cut_must_change_says_so() -> None:
+    def in_batch(model: Any, batch: Any) -> Any:
+        output = F.normalize(model(batch[0]))
+        return F.cross_entropy(output @ output.T, torch.arange(len(output)))
+
+    model = mlp()
+    batch = vectors(24)
+    options: dict[str, Any] = {"precision": "fp32", "batch": "fixed", "micro": 8}
+    run = hm.train(model, [batch], in_batch, **options)
+    assert any("not the mean of its parts' losses" in note for note in run.notes)
+    plain = hm.train(mlp(), [batch], precision="fp32", batch="fixed", micro=8)
+    assert not any("not the mean" in note for note in plain.notes)
 
 
 @given(cuts)

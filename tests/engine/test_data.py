@@ -19,6 +19,7 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     Sampler,
+    SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
@@ -39,7 +40,7 @@ class Numbered(Dataset[Any]):
         return self.n
 
     def __getitem__(self, index: int) -> Any:
-        return torch.tensor(index), torch.full((3,), float(index))
+        return torch.tensor(int(index)), torch.full((3,), float(index))
 
 
 class Stream(IterableDataset[Any]):
@@ -234,6 +235,18 @@ def test_sampling_with_replacement_keeps_its_draws() -> None:
 def test_a_step_of_the_base_batch_is_one_batch_as_it_comes() -> None:
     batches = [torch.arange(start, start + size) for start, size in [(0, 4), (4, 7), (11, 2)]]
     assert [sum(map(len, step)) for step in read(batches, [[4]])] == [4, 7, 2]
+
+
+@pytest.mark.parametrize("tensors", [True, False])
+def test_a_sampler_may_yield_indices_that_are_tensors(tensors: bool) -> None:
+    dataset = TensorDataset(torch.arange(50), torch.zeros(50)) if tensors else Numbered(50)
+    loader = DataLoader(dataset, batch_size=16, sampler=SubsetRandomSampler(torch.arange(33)))
+    torch.manual_seed(4)
+    expected = plain(loader)
+    torch.manual_seed(4)
+    assert flat(read(loader, [[16]])) == expected
+    torch.manual_seed(4)
+    assert flat(read(loader, [[5, 1, 10]])) == expected
 
 
 def test_custom_collate_is_handed_the_micro_batches() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -115,6 +116,46 @@ def test_workers_can_be_asked_for_without_changing_the_weights() -> None:
     loader = DataLoader(TensorDataset(*vectors(64)), batch_size=16, shuffle=True)
     compare(mlp(), loader, sgd, epochs=2, micro=16, workers=1)
     assert loader.num_workers == 0
+
+
+def test_ragged_batches_as_they_come_have_the_plain_learning_rate() -> None:
+    x, y = vectors(60)
+    ends = [0, 5, 25, 40, 43, 60]
+    batches = [(x[a:b], y[a:b]) for a, b in itertools.pairwise(ends)]
+    one, other = mlp(), mlp()
+    by_hand(one, batches, sgd(one.parameters()), epochs=2)
+    hm.train(other, batches, optimizer=sgd(other.parameters()), epochs=2, **PLAIN)
+    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-6)  # the first step is cut, to measure
+
+
+def test_parameters_unfrozen_during_the_run_are_trained_and_cleared() -> None:
+    def frozen() -> Any:
+        model = mlp()
+        model[0].requires_grad_(False)
+        return model
+
+    def unfreezing(model: Any, steps: list[int]) -> None:
+        steps.append(1)
+        model[0].requires_grad_(len(steps) > 3)
+
+    loader = list(DataLoader(TensorDataset(*vectors(96)), batch_size=16))
+    one, other = frozen(), frozen()
+    optimizers = [sgd(model.parameters()) for model in (one, other)]
+    steps: list[int] = []
+    for x, y in loader:
+        unfreezing(one, steps)
+        optimizers[0].zero_grad()
+        torch.nn.functional.cross_entropy(one(x), y).backward()
+        optimizers[0].step()
+    steps = []
+
+    def step(model: Any, batch: Any) -> Any:
+        unfreezing(model, steps)
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    hm.train(other, loader, step, optimizer=optimizers[1], micro=16, **PLAIN)
+    assert differences(one, other) == []
 
 
 def test_clipping_is_torchs_own() -> None:

@@ -86,6 +86,17 @@ def test_measuring_leaves_no_trace() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_measuring_leaves_a_batch_alone_that_the_step_writes_into() -> None:
+    def writes(model: Any, batch: Any) -> Any:
+        return model(batch[0].mul_(0.5)).square().mean()
+
+    model, batch = cnn(), images(8)
+    before = batch[0].clone()
+    state = step_state(model, writes, torch.optim.SGD(model.parameters(), lr=1.0))
+    rehearse.faster_precision(state, batch, "bf16")
+    assert torch.equal(batch[0], before)
+
+
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 def test_mixed_precision_learns_what_fp32_learns(name: str) -> None:
     losses: dict[str, Any] = {}

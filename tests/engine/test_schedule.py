@@ -46,6 +46,21 @@ CASES: list[Any] = [
 ]
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda opt: lr_scheduler.StepLR(opt, 30),
+        lambda opt: lr_scheduler.CosineAnnealingLR(opt, 200),
+        lambda opt: lr_scheduler.MultiStepLR(opt, [60, 120]),
+        lambda opt: lr_scheduler.CosineAnnealingWarmRestarts(opt, 10),
+        lambda opt: lr_scheduler.LinearLR(opt, total_iters=30),
+        lambda opt: lr_scheduler.PolynomialLR(opt, 100),
+    ],
+)
+def test_a_curve_over_epochs_stays_one_when_few_of_them_are_trained(make: Any) -> None:
+    assert ScheduleClock(make(optimizer()), 32, 400, 3).per == "epoch"
+
+
 @pytest.mark.parametrize(("make", "per"), CASES)
 def test_the_clock_of_each_scheduler_is_read_off_it(make: Any, per: str) -> None:
     clock = ScheduleClock(make(optimizer()), 8, PER_EPOCH, 4)

@@ -253,3 +253,49 @@ def test_what_is_logged_must_be_a_number_and_never_stands_for_the_epoch_or_the_l
 
     with pytest.raises(hm.HybridMagicError, match="said to be logged is a str; wanted a number"):
         hm.train(mlp(), loader(), words)
+
+
+@pytest.mark.parametrize(
+    ("val", "epochs", "words"),
+    [
+        (mlp(), 1, "the validation loader is a Sequential; wanted a DataLoader"),
+        ({"x": 1}, 1, "the validation loader is a dict"),
+        (
+            iter([vectors(4)]),
+            2,
+            "can be read only once, and is validated on after each of 2 epochs",
+        ),
+        ([], 1, "the validation loader is empty; wanted at least one batch"),
+    ],
+)
+def test_what_cannot_be_validated_on_is_told_before_training(
+    val: Any, epochs: int, words: str
+) -> None:
+    with pytest.raises(hm.HybridMagicError, match=words):
+        hm.train(mlp(), loader(), val=val, epochs=epochs)
+
+
+def test_a_generator_that_runs_dry_before_the_steps_asked_for_ends_the_run() -> None:
+    run = hm.train(mlp(), (batch for batch in loader()), steps=50, batch="fixed")
+    assert (run.outcome, run.steps, run.samples_seen) == ("finished", 4, 32)
+
+
+def test_a_finished_one_cycle_is_told_of_before_a_step_is_taken() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=8)
+    hm.train(model, loader(), optimizer=optimizer, scheduler=cycle, epochs=2)
+    before = copy.deepcopy(model)
+    with pytest.raises(hm.HybridMagicError, match="0 of its 8 steps left"):
+        hm.train(model, loader(), optimizer=optimizer, scheduler=cycle, epochs=2)
+    assert differences(model, before) == []
+
+
+def test_limits_that_cannot_be_kept_are_refused_or_said() -> None:
+    with pytest.raises(hm.ConfigError, match="--max-batch 4 is below 8, the batch of the loader"):
+        hm.train(mlp(), loader(), max_batch=4)
+    with pytest.raises(hm.HybridMagicError, match="on the meta device"):
+        hm.train(mlp().to("meta"), loader())
+    run = hm.train(mlp(), loader(), accum=50)
+    assert any("--accum 50 is above" in note for note in run.notes)
+    assert hm.train(mlp(), loader(), device=torch.device("cpu")).outcome == "finished"

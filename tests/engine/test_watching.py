@@ -189,3 +189,25 @@ def test_the_first_end_that_is_reached_ends_the_run(limit: str) -> None:
         assert [metrics["epoch"] for metrics in run.metrics] == [1, 2]
     else:
         assert run.seconds >= 0.06
+
+
+@pytest.mark.parametrize("base", [4, 8, 16, 33])
+def test_a_step_is_never_cut_into_single_samples_unasked(base: int) -> None:
+    sizes: list[int] = []
+
+    def squeezing(model: Any, batch: Any) -> Any:
+        sizes.append(len(batch[0]))
+        return torch.nn.functional.mse_loss(model(batch[0]).mean(1).squeeze(), batch[1].float())
+
+    data = DataLoader(TensorDataset(*vectors(4 * base)), batch_size=base)
+    hm.train(mlp(), data, squeezing, epochs=3, precision="fp32", batch="fixed")
+    assert min(sizes) >= 2
+
+
+def test_batch_statistics_keep_two_samples_in_a_piece_however_many_are_asked_for() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(12, 5), torch.nn.BatchNorm1d(5))
+    data = DataLoader(TensorDataset(*vectors(32)), batch_size=16)
+    run = hm.train(model, data, accum=16, precision="fp32")
+    assert {(record.microbatch_size, record.accumulation_steps) for record in run.history} == {
+        (2, 8)
+    }
