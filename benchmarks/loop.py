@@ -42,7 +42,7 @@ def measure_work(work: Work, steps: int, blocks: int) -> list[Row]:
     """Return the lines of one work; counts only where the work has a goal for them."""
     found = row(work, "same weights, bit by bit", same_weights(work, work.epochs(steps)), goal=True)
     rows = [*time_loops(work, steps, blocks, work.ratio_goal), found]
-    if work.calls_goal:
+    if work.counted:
         calls, reads = measure.count_calls, measure.count_host_reads
         raw = per_step(work, by_hand, reads)
         rows += [

@@ -38,6 +38,7 @@ class Work:
     steps: int  # loader batches in a block
     ratio_goal: float
     calls_goal: int | None = None
+    counted: bool = False  # count Python calls and host reads
 
     def fresh(self) -> tuple[nn.Module, Any, torch.optim.Optimizer]:
         """Return a new model, loader and optimizer; the same every time, seeds and all."""
@@ -51,21 +52,21 @@ class Work:
         return max(1, steps // BATCHES)
 
 
-def _mlp(name: str, ready: bool, accumulate: int, ratio: float, calls: int) -> Work:
+def _mlp(name: str, ready: bool, accumulate: int, ratio: float, calls: int | None) -> Work:
     def sgd(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
 
     def inputs(n: int) -> Tensor:
         return torch.randn(n, 64)
 
-    return Work(name, models.mlp, inputs, sgd, ready, accumulate, MLP_STEPS, ratio, calls)
+    return Work(name, models.mlp, inputs, sgd, ready, accumulate, MLP_STEPS, ratio, calls, True)
 
 
 WORKS = (
     _mlp("MLP, ready batches", True, 1, 1.10, 190),
     _mlp("MLP, ready batches, accumulation 4", True, 4, 1.05, 380),
-    _mlp("MLP, DataLoader", False, 1, 1.10, 190),
-    _mlp("MLP, DataLoader, accumulation 4", False, 4, 1.05, 380),
+    _mlp("MLP, DataLoader", False, 1, 1.10, None),
+    _mlp("MLP, DataLoader, accumulation 4", False, 4, 1.05, None),
     Work(
         "small Transformer, DataLoader",
         lambda: models.TextTransformer(1000, 64, layers=2),

@@ -144,7 +144,7 @@ def test_every_read_of_a_value_is_counted_and_the_tensor_left_as_it_was():
 
     def work():
         _ = float(tensor), int(tensor), bool(tensor)
-        _ = tensor.item(), tensor.tolist(), tensor.numpy()
+        _ = tensor.item(), tensor.tolist(), tensor.cpu()
         (tensor + tensor).sum()  # reads nothing
 
     assert measure.count_host_reads(work) == 6

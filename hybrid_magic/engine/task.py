@@ -247,8 +247,9 @@ def _pair_step(criterion: Any, classes: bool) -> Compute:
                 loss = criterion(full, y)
         else:
             loss = criterion(output, y)
-        classified = classes and isinstance(output, torch.Tensor) and output.dim() > 1
-        if model.training or not classified or output.shape[0] != y.shape[0]:
+        if model.training or not classes or not isinstance(output, torch.Tensor):
+            return loss
+        if output.dim() < 2 or output.shape[0] != y.shape[0]:
             return loss
         return loss, {"accuracy": _accuracy(output, y)}
 
