@@ -233,6 +233,15 @@ def test_two_optimizers_of_the_model_are_listed(namespace):
 # -- criterion and scheduler
 
 
+@pytest.mark.parametrize("name", ["criterion", "loss_fn", "loss_func", "loss_function"])
+def test_a_criterion_of_the_persons_own_is_known_by_its_name(namespace, name):
+    namespace[name] = lambda output, y: (output - y).abs().mean()
+    namespace["helper"] = lambda output, y: 0
+    assert take(namespace, bare=True).loss is namespace[name]
+    namespace["ce"] = nn.CrossEntropyLoss()
+    assert f"2 criteria: ce (CrossEntropyLoss), {name} (function)" in refused(namespace)
+
+
 def test_a_criterion_is_looked_for_only_by_a_bare_cell(namespace):
     namespace["criterion"] = nn.CrossEntropyLoss(label_smoothing=0.1)
     assert take(namespace, bare=True).loss is namespace["criterion"]
