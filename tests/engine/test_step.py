@@ -285,3 +285,20 @@ def test_out_of_memory_is_told_in_one_line_that_says_what_helps() -> None:
     assert hm.last_run is not None
     assert (hm.last_run.outcome, hm.last_run.steps) == ("failed", 2)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_error_between_two_micro_batches_leaves_no_gradient_behind() -> None:
+    model = mlp()
+    calls: list[int] = []
+
+    def compute(model: Any, batch: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:  # the second micro-batch of the second step
+            raise KeyError("mine")
+        return loss_of(model, batch)
+
+    with pytest.raises(KeyError, match="mine"):
+        hm.train(model, loader_with(), compute, batch="fixed", micro=4, precision="fp32")
+    assert hm.last_run is not None
+    assert hm.last_run.steps == 1
+    assert all(p.grad is None for p in model.parameters())
