@@ -108,7 +108,8 @@ class CpuProbe(DeviceProbe):
 
     @property
     def name(self) -> str:
-        return f"cpu, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"cpu, {threads} thread{'' if threads == 1 else 's'}"
 
     def reset_peak(self) -> None:
         try:
