@@ -13,7 +13,7 @@ import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from . import records
 from .errors import HybridMagicError
@@ -22,8 +22,6 @@ from .records import BatchChangeRecord, NoteRecord, StartRecord, StepRecord, Val
 last_run: Run | None = None  # the newest Run of this process, also of one that did not finish
 
 FORMAT = 1
-
-T = TypeVar("T")
 
 
 class History(Sequence[StepRecord]):

@@ -73,7 +73,7 @@ class SplitFeed:
     drawn_apart = False
 
     def __init__(self, loader: Any, name: str) -> None:
-        self._loader, self._name = loader, name
+        self._loader = loader
         self.note: str | None = None
         stream = iter(loader)
         try:

@@ -117,10 +117,6 @@ class NoiseProbe:
         """Whether the first gradient of a pair is held and the next step completes it."""
         return self._kept is not None
 
-    def forget(self) -> None:
-        """Drop what is held of a step."""
-        self._first, self._kept = [], None
-
     def _scale(self, params: Sequence[Tensor], *grads: list[Tensor]) -> list[Tensor] | None:
         """Return what the optimizer divides these gradients by, None where it does not.
 

@@ -19,7 +19,6 @@ class Precision:
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name = name
-        self.device_type = device.type
         self.dtype = DTYPES.get(name)
         self.mixed = self.dtype is not None
         self.scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None

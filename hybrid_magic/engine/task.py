@@ -17,7 +17,6 @@ from torch import nn
 
 from ..config import TrainConfig
 from ..errors import ConfigError, HybridMagicError
-from . import nested
 from .data import Feed
 from .device import choose_device
 from .sampled import open_feed
@@ -277,11 +276,3 @@ def has_batch_statistics(model: nn.Module) -> bool:
     """
     norms = [part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     return any(norm.training or not model.training for norm in norms)
-
-
-def check_first_batch(task: Task, batches: list[Any]) -> None:
-    """Raise HybridMagicError when the first batch holds no sample."""
-    if any(nested.count(batch) == 0 for batch in batches):
-        raise HybridMagicError(
-            f"{task.names['loader']} yields an empty batch; wanted samples; check its dataset"
-        )

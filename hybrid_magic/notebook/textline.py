@@ -23,7 +23,6 @@ class TextLine:
             monitor_interval = 0  # no thread of tqdm's own is left behind
 
         self._scene, self._terminal = scene, terminal
-        self._noted = 0
         start, total = scene.start, scene.total_samples()
         by_samples = total is not None and start.steps is None
         self._count = "samples_seen" if by_samples else "step"
