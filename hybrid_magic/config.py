@@ -167,6 +167,12 @@ class TrainConfig:
         _refuse_unbuilt(self)
         _refuse_contradictions(self)
 
+    @property
+    def passes(self) -> int | None:
+        """Epochs after which the run ends: 1 when no other end was asked for either."""
+        none_given = self.epochs is self.steps is self.minutes is None
+        return 1 if none_given else self.epochs
+
     def as_json(self) -> dict[str, Any]:
         """Return the options as plain JSON values, one key a field."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}

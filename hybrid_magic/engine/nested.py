@@ -19,36 +19,38 @@ def map_leaves(tree: Any, fn: Callable[[Any], Any]) -> Any:
     """Return `tree` rebuilt with `fn` applied to every leaf; the person's containers are kept."""
     if isinstance(tree, torch.Tensor):
         return fn(tree)
+    return _rebuilt(tree, lambda part: map_leaves(part, fn), fn)
+
+
+def _rebuilt(tree: Any, inner: Callable[[Any], Any], leaf: Callable[[Any], Any]) -> Any:
+    """Return a container of the same kind with `inner` of every part, or `leaf` of what is none."""
     if isinstance(tree, list):
-        return [map_leaves(item, fn) for item in tree]
+        return [inner(item) for item in tree]
     if isinstance(tree, tuple):
-        items = [map_leaves(item, fn) for item in tree]
+        items = [inner(item) for item in tree]
         return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
-    if type(tree) is dict:
-        return {key: map_leaves(item, fn) for key, item in tree.items()}
     if isinstance(tree, Mapping):
+        if type(tree) is dict:
+            return {key: inner(item) for key, item in tree.items()}
         clone: Any = copy.copy(tree)
         for key in tree:
-            clone[key] = map_leaves(tree[key], fn)
+            clone[key] = inner(tree[key])
         return clone
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return _replaced(tree, lambda part: map_leaves(part, fn))
-    return fn(tree)
+        clone = copy.copy(tree)
+        for name in _field_names(tree):
+            object.__setattr__(clone, name, inner(getattr(tree, name)))  # frozen or not
+        return clone
+    return leaf(tree)
 
 
-def _replaced(record: Any, fn: Callable[[Any], Any]) -> Any:
-    """Return a copy of a dataclass, frozen or not, with `fn` applied to every field."""
-    clone = copy.copy(record)
-    for item in dataclasses.fields(record):
-        object.__setattr__(clone, item.name, fn(getattr(record, item.name)))
-    return clone
+def _field_names(record: Any) -> list[str]:
+    return [item.name for item in dataclasses.fields(record)]
 
 
 def leaves(tree: Any) -> Iterator[Any]:
     """Yield the leaves of `tree` in the order in which `map_leaves` visits them."""
-    found: list[Any] = []
-    map_leaves(tree, found.append)
-    yield from found
+    return (leaf for _, leaf in paths(tree))
 
 
 def paths(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -58,7 +60,7 @@ def paths(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ..
     elif isinstance(tree, (list, tuple)):
         parts = enumerate(tree)
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        parts = ((item.name, getattr(tree, item.name)) for item in dataclasses.fields(tree))
+        parts = ((name, getattr(tree, name)) for name in _field_names(tree))
     else:
         yield path, tree
         return
@@ -131,20 +133,11 @@ def _rows(tree: Any, n: int | None, start: int, stop: int) -> Any:
     plain = isinstance(tree, (list, tuple)) and not hasattr(tree, "_fields")
     if plain and len(tree) == n and not any(map(_has_rows, leaves(tree))):
         return tree[start:stop]  # one plain value a sample: strings, ids
-    if isinstance(tree, list):
-        return [_rows(item, n, start, stop) for item in tree]
-    if isinstance(tree, tuple):
-        items = [_rows(item, n, start, stop) for item in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
-    if isinstance(tree, Mapping):
-        clone: Any = copy.copy(tree)
-        for key in tree:
-            clone[key] = _rows(tree[key], n, start, stop)
-        return clone
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return _replaced(tree, lambda part: _rows(part, n, start, stop))
-    leaf: Any = tree
-    return leaf[start:stop] if _has_rows(leaf) else leaf
+    return _rebuilt(
+        tree,
+        lambda part: _rows(part, n, start, stop),
+        lambda leaf: leaf[start:stop] if _has_rows(leaf) else leaf,
+    )
 
 
 def _has_rows(leaf: Any) -> bool:

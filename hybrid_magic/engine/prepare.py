@@ -32,20 +32,29 @@ def prepared(
     A model in train mode keeps the layers that the person put into eval mode (frozen BatchNorm).
     """
     home = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        _move(model, optimizer, criterion, device)
-        if not model.training:
-            model.train()
-        _clear_gradients(model)
-        yield
+        with modes_kept(model):
+            _move(model, optimizer, criterion, device)
+            if not model.training:
+                model.train()
+            _clear_gradients(model)
+            yield
     finally:
         _clear_gradients(model)
-        for module, training in modes:
-            module.training = training
         if hasattr(optimizer, "found_inf"):
             del optimizer.found_inf
         _move(model, optimizer, criterion, home)
+
+
+@contextlib.contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Put every layer back into the train or eval mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _clear_gradients(model: nn.Module) -> None:

@@ -60,8 +60,7 @@ class TrainState:
             and (settings.micro or settings.accum) is not None
             and settings.warmup in ("auto", 0)
         )
-        ends = (config.epochs, config.steps, config.minutes)
-        self._epochs = 1 if ends == (None, None, None) else config.epochs
+        self._epochs = config.passes
         self._steps = config.steps
         self._seconds = None if config.minutes is None else 60 * config.minutes
         self._pending: deque[tuple[int, int, StepResult, float, float]] = deque()

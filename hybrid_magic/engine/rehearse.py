@@ -16,7 +16,7 @@ import torch
 from . import nested
 from .data import StepData
 from .precision import Precision
-from .prepare import RandomState
+from .prepare import RandomState, modes_kept
 from .reduction import Reduction, settle
 from .step import StepState, backward, check_loss, forward
 
@@ -98,17 +98,14 @@ def settle_reduction(state: StepState, data: StepData, found: Reduction) -> Redu
         batch = nested.joined(*pieces) if len(pieces) == 2 else None
         if batch is None:
             return found
-    modes = [(module, module.training) for module in state.model.modules()]
     random, precision = RandomState(state.device.device), state.precision
     state.precision = Precision("fp32", state.device.device)
-    state.model.eval()
     try:
-        with torch.no_grad():
+        with modes_kept(state.model), torch.no_grad():
+            state.model.eval()
             losses = [float(forward(state, _copy(state, piece))[0]) for piece in (batch, *pieces)]
     finally:
         state.precision = precision
-        for module, training in modes:
-            module.training = training
         random.put_back()
     return settle(found, pieces, sizes, losses)
 

@@ -126,7 +126,7 @@ def open_state(
         noise=NoiseProbe(optimizer, params),
         asked_reduction=config.reduction,
         clip=config.clip,
-        batch_statistics=has_batch_statistics(task.model),
+        batch_statistics=state.settings.batch_statistics,
         mover=mover_for(probe.device),
         settle=rehearse.settle_reduction,
     )
@@ -201,7 +201,6 @@ def _start(
     precision: str,
     settings: steering.Settings,
 ) -> StartRecord:
-    ends = (config.epochs, config.steps, config.minutes)
     return StartRecord(
         model=type(task.model).__name__,
         device=probe.name,
@@ -209,7 +208,7 @@ def _start(
         optimizer=type(optimizer).__name__,
         base_batch_size=task.feed.base,
         samples_per_epoch=task.feed.samples,
-        epochs=1 if ends == (None, None, None) else config.epochs,
+        epochs=config.passes,
         steps=config.steps,
         minutes=config.minutes,
         memory_budget_bytes=probe.budget_bytes(config.memory),
