@@ -125,10 +125,8 @@ def test_the_learning_rate_is_put_back_when_the_optimizer_fails() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
-@pytest.mark.parametrize("pieces", [1, 4])
-def test_the_host_reads_device_values_once_a_step(
-    monkeypatch: pytest.MonkeyPatch, pieces: int
-) -> None:
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the calls that give a tensor's value to the host, from now on."""
     reads: list[str] = []
     for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
         found = getattr(torch.Tensor, name)
@@ -139,6 +137,14 @@ def test_the_host_reads_device_values_once_a_step(
                 reads.append(_name) or _found(self, *args)
             ),
         )
+    return reads
+
+
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_the_host_reads_device_values_once_a_step(
+    monkeypatch: pytest.MonkeyPatch, pieces: int
+) -> None:
+    reads = count_reads(monkeypatch)
     x, y = vectors(32)
     model = mlp()
 
@@ -164,16 +170,7 @@ def test_a_fused_optimizer_skips_on_the_device_without_a_read(
     state = step_state(model, loss_of, optimizer)
     train_step(state, cut((x, y), [8], nested.rows))
     state.skip_on_device = True
-    reads: list[str] = []
-    for name in ("item", "tolist", "__bool__", "__float__"):
-        found = getattr(torch.Tensor, name)
-        monkeypatch.setattr(
-            torch.Tensor,
-            name,
-            lambda self, *args, _found=found, _name=name: (
-                reads.append(_name) or _found(self, *args)
-            ),
-        )
+    reads = count_reads(monkeypatch)
     before = copy.deepcopy(model)
     result = train_step(state, cut((x * float("nan"), y), [8], nested.rows))
     monkeypatch.undo()
