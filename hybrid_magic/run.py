@@ -18,6 +18,7 @@ from typing import Any
 from . import records
 from .errors import HybridMagicError
 from .records import BatchChangeRecord, NoteRecord, StartRecord, StepRecord, ValidationRecord
+from .sizes import StepSizes
 
 last_run: Run | None = None  # the newest Run of this process, also of one that did not finish
 
@@ -84,7 +85,7 @@ class Run:
     `outcome` is "finished", "stopped", "interrupted" or "failed". `peak_allocated_bytes` is what
     tensors needed (on a CPU: the process's peak resident set), `peak_reserved_bytes` what the
     allocator took. `metrics` is a dict a validation. `seconds` counts training, not validation,
-    which is `validation_seconds`.
+    which is `validation_seconds`. `sizes` are the micro-batch sizes of every step, for `replay=`.
     """
 
     config: dict[str, Any]
@@ -104,6 +105,7 @@ class Run:
     history: History = field(default_factory=History, repr=False)
     changes: list[BatchChangeRecord] = field(default_factory=list, repr=False)
     notes: list[str] = field(default_factory=list)
+    sizes: StepSizes = field(default_factory=StepSizes, repr=False)
 
     @property
     def samples_per_second(self) -> float | None:
@@ -172,6 +174,7 @@ class Run:
             "config": self.config,
             "environment": self.environment,
             "notes": self.notes,
+            "sizes": self.sizes.entries(),
         }
         part = target.with_name(f"{target.name}.{os.getpid()}.part")
         try:
@@ -194,7 +197,7 @@ class Run:
 _TOTALS = [
     item.name
     for item in dataclasses.fields(Run)
-    if item.name not in ("start", "history", "changes")
+    if item.name not in ("start", "history", "changes", "sizes")
 ]
 
 
@@ -210,6 +213,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         if (head["kind"], head["format"], head["records"]) != ("run", FORMAT, len(lines)):
             raise ValueError("another file, or not all of it")
         run = Run(**{name: head[name] for name in _TOTALS})
+        run.sizes = StepSizes.from_entries(head.get("sizes", ()))
         for line in lines:
             record = records.from_json(line)
             if record is not None:

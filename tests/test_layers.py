@@ -26,11 +26,12 @@ MAY_IMPORT = {
     "option_values": set(),
     "config": {"errors", "option_values"},
     "datasets": {"errors"},
+    "sizes": set(),
     "policy": GROUND,
-    "run": {"errors", "records", "report"},
+    "run": {"errors", "records", "report", "sizes"},
     "report": GROUND | {"policy", "run"},
     "telemetry": GROUND,
-    "engine": GROUND | {"policy", "run"},
+    "engine": GROUND | {"policy", "run", "sizes"},
     "launch": GROUND | {"policy", "run", "report", "engine"},
     "notebook": GROUND | {"policy", "run", "report", "telemetry", "engine", "launch"},
     "hybrid_magic": {"errors", "run", "engine", "notebook"},  # the package's own __init__
@@ -38,7 +39,7 @@ MAY_IMPORT = {
 FRONT_ENDS = {"IPython", "ipywidgets", "ipykernel", "traitlets", "comm", "jupyter_client"}
 DRAWING = {"matplotlib", "tqdm"}
 GAUGES = {"psutil", "pynvml"}
-WITHOUT_TORCH = GROUND | {"option_values", "run", "policy", "report", "telemetry"}
+WITHOUT_TORCH = GROUND | {"option_values", "sizes", "run", "policy", "report", "telemetry"}
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def test_importing_the_package_reaches_only_errors_config_records_and_run():
         for found in AT_RUN_TIME
         if found.room in {"hybrid_magic", "run"} and found.target and not found.lazy
     }
-    assert eager <= GROUND | {"run"}
+    assert eager <= GROUND | {"run", "sizes"}
 
 
 def test_decisions_use_the_standard_library_alone():

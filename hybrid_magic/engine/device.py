@@ -7,6 +7,7 @@ reading is `None`. `late` says that readings are of queued work, to be taken a s
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -14,8 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
-from ..errors import HybridMagicError
 
 READ_EVERY_S = 0.25  # a memory reading costs up to 400 us: at most 0.2 % of a run
 
@@ -73,6 +72,10 @@ class DeviceProbe:
 
     def synchronize(self) -> None:
         """Wait until the device's queued work is done."""
+
+    def release(self) -> None:
+        """Give back what nothing holds any more, after running out of memory."""
+        gc.collect()
 
     def budget_bytes(self, memory: float | int) -> int | None:
         """Return what `--memory` allows: a fraction of what this process can have, or bytes."""
@@ -203,6 +206,11 @@ class CudaProbe(DeviceProbe):
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
 
+    def release(self) -> None:
+        super().release()
+        torch.cuda.synchronize(self.device)  # a broken context says so here
+        torch.cuda.empty_cache()
+
 
 class MpsProbe(DeviceProbe):
     """An Apple GPU: it tells what is allocated now, not a peak, so peaks are of the readings."""
@@ -226,6 +234,10 @@ class MpsProbe(DeviceProbe):
     def synchronize(self) -> None:
         torch.mps.synchronize()
 
+    def release(self) -> None:
+        super().release()
+        torch.mps.empty_cache()
+
 
 def probe_for(device: torch.device) -> DeviceProbe:
     """Return the probe of `device`."""
@@ -234,51 +246,51 @@ def probe_for(device: torch.device) -> DeviceProbe:
     )
 
 
-def choose_device(asked: str | None, model: torch.nn.Module) -> torch.device:
-    """Return where to train: as asked, else the accelerator that the model is on, else the best.
-
-    Raises:
-        HybridMagicError: a device that does not exist here, or parameters on several devices.
-    """
-    found = {parameter.device for parameter in model.parameters()}
-    if asked is not None:
-        try:
-            device = torch.device(asked)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            why = str(error).splitlines()[0]
-            raise HybridMagicError(
-                f"--device {asked} cannot be used here ({why}); wanted a device of this "
-                "machine; try --device cpu"
-            ) from None
-        return device
-    if len(found) > 1:
-        raise HybridMagicError(
-            f"the model's parameters are on {', '.join(sorted(map(str, found)))}; wanted one "
-            "device; "
-            "move the model to one, or name it with --device"
-        )
-    (device,) = found
-    if device.type != "cpu":
-        return device
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return device
-
-
 _OUT_OF_MEMORY = (
     "out of memory",  # CUDA, HIP and MPS
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # no room for a handle
     "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_NOT_SUPPORTED",  # no room for the only workspace that would do
+    "CUDNN_STATUS_INTERNAL_ERROR",
     "can't allocate memory",  # the CPU allocator
+    "cannot allocate memory",
     "not enough memory",
+    "std::bad_alloc",
+)
+_BROKEN = (  # the device's context is lost, whatever else the message says
+    "illegal memory access",
+    "device-side assert",
+    "illegal instruction",
+    "misaligned address",
+    "unspecified launch failure",
+    "uncorrectable ecc",
+    "device is lost",
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` is a device or the host running out of memory, in any of its faces."""
+    """Return whether `error` is a device or the host running out of memory, in any of its faces.
+
+    A broken CUDA context is not: whatever is tried in it fails.
+    """
+    words = str(error).lower()
+    if any(face in words for face in _BROKEN):
+        return False
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(face in str(error) for face in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(face.lower() in words for face in _OUT_OF_MEMORY)
+
+
+def attempt(work: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, str | None]:
+    """Return (what `work` returns, None); where memory runs out (None, the error's own words).
+
+    The error is gone when this returns, and with it all that it held.
+    """
+    try:
+        return work(*args, **options), None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        found = str(error).strip() or type(error).__name__
+    return None, found.splitlines()[0]

@@ -112,6 +112,10 @@ class NoiseProbe:
         torch._foreach_mul_(mean, 0.5)
         return torch.stack([total_norm(grads), total_norm(kept[0]), total_norm(mean)])
 
+    def forget(self) -> None:
+        """Give back the gradients that are held for a measurement."""
+        self._first, self._kept = [], None
+
     @property
     def waits(self) -> bool:
         """Whether the first gradient of a pair is held and the next step completes it."""

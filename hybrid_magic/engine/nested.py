@@ -75,18 +75,27 @@ def at(tree: Any, path: tuple[Any, ...]) -> Any:
     return tree
 
 
-def joined(first: Any, second: Any) -> Any:
-    """Return two batches of the same kind as one, None where their tensors do not fit together."""
-    others = leaves(second)
+def joined(first: Any, *others: Any) -> Any:
+    """Return batches of the same kind as one, None where they do not fit together."""
+    streams = [leaves(other) for other in others]
 
     def join(leaf: Any) -> Any:
-        other = next(others)
-        return torch.cat([leaf, other]) if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
+        parts = [leaf, *(next(stream) for stream in streams)]
+        if isinstance(leaf, torch.Tensor) and leaf.dim():
+            return torch.cat(parts)
+        if not all(part is leaf or _equal_plain(part, leaf) for part in parts):
+            raise TypeError("values that differ between batches have no rows to be joined")
+        return leaf
 
     try:
         return map_leaves(first, join)
-    except (RuntimeError, StopIteration):
+    except (RuntimeError, StopIteration, TypeError):
         return None
+
+
+def _equal_plain(one: Any, other: Any) -> bool:
+    plain = (int, float, str, bool, bytes, type(None))
+    return isinstance(one, plain) and isinstance(other, plain) and one == other
 
 
 def to_device(tree: Any, device: torch.device, *, channels_last: bool = False) -> Any:

@@ -14,6 +14,7 @@ import torch
 
 from . import nested
 from .data import StepData
+from .device import attempt
 
 
 class Mover:
@@ -70,7 +71,7 @@ def one_step_ahead(steps: Iterable[StepData], mover: Mover) -> Iterator[StepData
     """
     held: StepData | None = None
     for step in steps:
-        step.coming = mover.send(step.batches[0])
+        step.coming, _ = attempt(mover.send, step.batches[0])  # no room yet: sent in its step
         if held is not None:
             yield held
         held = step

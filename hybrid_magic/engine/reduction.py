@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from ..errors import HybridMagicError
 from . import nested
 
 _COUNTING = ("cross_entropy", "nll_loss")  # their mean is over the targets that count
@@ -125,6 +126,24 @@ class LossWatch(TorchFunctionMode):
                 result,
             )
         )
+
+
+def check(loss: Any) -> None:
+    """Raise HybridMagicError unless `loss` is one number that a gradient can be taken of."""
+    if not isinstance(loss, torch.Tensor):
+        found, do = f"a {type(loss).__name__}", "return the loss of the batch"
+    elif loss.numel() != 1 or loss.dim() > 0:
+        found, do = f"a tensor of shape {tuple(loss.shape)}", "take its .mean()"
+    elif not loss.requires_grad:
+        found, do = (
+            "a loss without a gradient",
+            "compute it from the model, without .item() or no_grad",
+        )
+    else:
+        return
+    raise HybridMagicError(
+        f"the step gave {found}; wanted one number that depends on the model; {do}"
+    )
 
 
 def read(watch: LossWatch, loss: torch.Tensor, batch: Any, asked: str) -> Reduction:

@@ -15,10 +15,12 @@ import torch
 
 from . import nested
 from .data import StepData
+from .device import attempt
 from .precision import Precision
-from .prepare import RandomState, modes_kept
-from .reduction import Reduction, settle
-from .step import StepState, backward, check_loss, forward
+from .prepare import modes_kept
+from .randomness import RandomState
+from .reduction import Reduction, check, settle
+from .step import StepState, backward, forward
 
 GAIN = 1.15  # a reduced precision must be this much faster than fp32 to be chosen by measurement
 
@@ -46,7 +48,7 @@ def _pass_seconds(state: StepState, batch: Any) -> float:
     state.device.synchronize()
     start = state.device.mark()
     loss, _ = forward(state, batch)
-    check_loss(loss)
+    check(loss)
     backward(state, loss)
     seconds = state.device.seconds(start, state.device.mark())
     for param in state.params:
@@ -60,7 +62,21 @@ def faster_precision(
     """Return the faster of fp32 and `name` on `batch`, and the measurement in words.
 
     The two take turns; the fastest pass of each counts. fp32 stays unless `name` is 15 % faster.
+    A batch that does not fit into memory is halved.
     """
+    found: Any = ""
+    while found is not None:
+        result, found = attempt(_compared, state, batch, name, rounds)
+        if found is not None:
+            state.device.release()
+            n = nested.count(batch) or 1
+            if n == 1:
+                return "fp32", f"memory ran out before {name} could be measured"
+            batch = nested.rows(batch, 0, n // 2)
+    return result
+
+
+def _compared(state: StepState, batch: Any, name: str, rounds: int) -> tuple[str, str]:
     candidates = {
         "fp32": Precision("fp32", state.device.device),
         name: Precision(name, state.device.device),
@@ -118,12 +134,18 @@ def _copy(state: StepState, batch: Any) -> Any:
 
 def measure_sizes(
     state: StepState, batch: Any, sizes: Sequence[int]
-) -> list[tuple[int, float, int | None]]:
-    """Return (samples, seconds, peak bytes) of a pass over the first `sizes` samples of `batch`."""
+) -> tuple[list[tuple[int, float, int | None]], int | None]:
+    """Return (samples, seconds, peak bytes) of a pass over the first `sizes` samples of `batch`,
+    and the size that ran out of memory, None where none did; larger ones are not tried."""
     points: list[tuple[int, float, int | None]] = []
     with leaving_no_trace(state):
         for size in sizes:
             state.device.reset_peak()
-            seconds = _pass_seconds(state, nested.rows(batch, 0, size))
+            seconds, found = attempt(_pass_seconds, state, nested.rows(batch, 0, size))
+            if found is not None:
+                break
             points.append((size, seconds, state.device.peak()[0]))
-    return points
+        else:
+            return points, None
+    state.device.release()
+    return points, size

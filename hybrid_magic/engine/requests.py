@@ -31,7 +31,7 @@ def answer(state: TrainState, control: RunControl) -> bool:
         elif name == "stop":
             return _stop(state)
         elif name != "resume":
-            state.by_hand(name, value)
+            state.sizing.by_hand(name, value, state.step)
     return False
 
 
@@ -55,7 +55,7 @@ def _pause(state: TrainState, control: RunControl) -> bool:
             if name == "stop":
                 return _stop(state)
             if name != "pause":
-                state.by_hand(name, value)
+                state.sizing.by_hand(name, value, state.step)
     finally:
         state.paused(time.perf_counter() - start)
 

@@ -5,32 +5,37 @@ Everything inferred here is said in a note. Trains nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import platform
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from .. import __version__
+from .. import run as runs
 from ..config import TrainConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, HybridMagicError
 from ..policy import steering
 from ..records import BatchChangeRecord, NoteRecord, StartRecord
+from ..run import Run
 from . import precision as precisions
 from . import rehearse
 from .data import StepData
 from .device import DeviceProbe
 from .gradients import NoiseProbe, family
 from .nested import count, rows
+from .optimizer_state import make_up_front
 from .precision import Precision
 from .prefetch import mover_for
-from .prepare import fast_formats
+from .prepare import use_fast_formats
 from .progress import TrainState
 from .schedule import ScheduleClock
 from .step import StepState
 from .task import Task, has_batch_statistics, infer_step
+from .transaction import Transaction
+from .undo import Undo
 
 GROWTH = 16  # --max-batch: how many times its own batch a loader's batch may grow to
 
@@ -43,6 +48,31 @@ def make_optimizer(task: Task, config: TrainConfig, probe: DeviceProbe) -> torch
     trainable = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
     task.notes.append(f"optimizer: a fresh AdamW with learning rate {lr:g}")
     return torch.optim.AdamW(trainable, lr=lr, fused=True if probe.device.type == "cuda" else None)
+
+
+def replayed(config: TrainConfig, replay: Run | None) -> TrainConfig:
+    """Return `config` with the precision of the run to be replayed.
+
+    Raises:
+        HybridMagicError: `replay` is no Run, kept no sizes, or a size is asked for as well.
+    """
+    if replay is None:
+        return config
+    if not isinstance(replay, Run) or not len(replay.sizes):
+        held = "without a step" if isinstance(replay, Run) else "that is no Run"
+        raise HybridMagicError(
+            f"replay is a {type(replay).__name__} {held}; wanted a Run that trained; pass what "
+            "hm.train returned, or hm.load_run(path)"
+        )
+    for name in ("batch", "accum", "micro"):
+        if getattr(config, name) != TrainConfig.__dataclass_fields__[name].default:
+            raise ConfigError(
+                f"--{name} {getattr(config, name)} was given and a run to replay, which repeats "
+                f"every size; wanted one of the two; leave --{name} or replay out"
+            )
+    if config.precision == "auto" and replay.start is not None:
+        return dataclasses.replace(config, precision=replay.start.precision)
+    return config
 
 
 def settings_for(
@@ -102,14 +132,14 @@ def open_state(
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     first: StepData,
-    stack: ExitStack,
-) -> StepState:
-    """Return the step's state for a model that is prepared; say what was chosen and inferred.
+    undo: Undo,
+) -> None:
+    """Give `state` the step's state, for a model that is prepared; say what was chosen.
 
     Args:
         state: the run's state, which emits the start, the notes and the first change.
         first: the first step's samples; measured on when a choice needs it, and trained on later.
-        stack: takes what must be undone when the run ends.
+        undo: takes what must be undone when the run ends.
     """
     compute = task.compute
     if compute is None:
@@ -126,33 +156,42 @@ def open_state(
         noise=NoiseProbe(optimizer, params),
         asked_reduction=config.reduction,
         clip=config.clip,
-        batch_statistics=state.settings.batch_statistics,
+        batch_statistics=state.sizing.settings.batch_statistics,
         mover=mover_for(probe.device),
         settle=rehearse.settle_reduction,
+        transaction=Transaction(task.model, optimizer, params, probe.device),
     )
-    state.begun = True
-    with state.interrupts.at_once():
+    undo.push(lambda: ready.transaction.roll_back(ready.steps))
+    state.step_state = ready
+    undo.push(state.close_books)
+    runs.last_run = state.run  # from here on the person's own code is called
+    with state.interrupts.interruptible():
         ready.precision, reason = _choose_precision(ready, config, first)
-    if stack.enter_context(fast_formats(task.model, ready.precision, probe.device)):
+    if use_fast_formats(undo, task.model, ready.precision, probe.device):
         ready.mover = mover_for(probe.device, channels_last=True)
+    make_up_front(undo, optimizer)
     ready.skip_on_device = probe.late and all(
         group.get("fused") for group in optimizer.param_groups
     )
-    schedule = None
-    if task.scheduler is not None:
-        batches = None if task.feed.samples is None else -(-task.feed.samples // task.feed.base)
-        schedule = ScheduleClock(task.scheduler, task.feed.base, batches, config.epochs)
-        if config.steps is None and config.minutes is None:
-            schedule.check(config.epochs or 1)
-        task.notes.append(f"scheduler: one step per {schedule.per} ({schedule.why})")
-    state.schedule = schedule
-    state.emit(_start(task, config, probe, optimizer, ready.precision.name, state.settings))
+    state.schedule = _schedule(task, config)
+    state.emit(_start(task, config, probe, optimizer, ready.precision.name, state.sizing.settings))
     for note in task.notes:
         state.emit(NoteRecord(note))
     if config.precision == "auto":
         state.emit(BatchChangeRecord(0, "auto", ready.precision.name, "precision", reason))
     _measure_sizes(ready, state, first)
-    return ready
+
+
+def _schedule(task: Task, config: TrainConfig) -> ScheduleClock | None:
+    """Return the clock of the person's scheduler, None without one; say what it counts."""
+    if task.scheduler is None:
+        return None
+    batches = None if task.feed.samples is None else -(-task.feed.samples // task.feed.base)
+    schedule = ScheduleClock(task.scheduler, task.feed.base, batches, config.epochs)
+    if config.steps is None and config.minutes is None:
+        schedule.check(config.epochs or 1)
+    task.notes.append(f"scheduler: one step per {schedule.per} ({schedule.why})")
+    return schedule
 
 
 def _choose_precision(
@@ -185,9 +224,11 @@ def _measure_sizes(ready: StepState, state: TrainState, first: StepData) -> None
     if count(batch) != size or size < 16:
         return
     sizes = (max(2, size // 8), size // 4, size // 2)
-    with state.interrupts.at_once():
-        points = rehearse.measure_sizes(ready, batch, sizes)
-    cut = state.learn(points, size)
+    with state.interrupts.interruptible():
+        points, failed = rehearse.measure_sizes(ready, batch, sizes)
+    if failed is not None:
+        state.sizing.ran_out(failed, 0)
+    cut = state.sizing.learn(points, size)
     ends = list(itertools.accumulate(cut))
     first.batches = [rows(batch, end - n, end) for n, end in zip(cut, ends, strict=True)]
     first.sizes = list(cut)

@@ -23,13 +23,17 @@ from .gradients import NoiseProbe, gradient_norms
 from .precision import Precision
 from .prefetch import Mover
 from .reduction import LossWatch, Reduction
+from .transaction import Transaction
 
 Compute = Callable[[Any, Any], Any]  # (model, batch) -> loss, or (loss, {"name": value})
 
 
 @dataclass(slots=True)
 class StepState:
-    """All that a step works on; lives as long as the run."""
+    """All that a step works on; lives as long as the run.
+
+    `steps` and `samples` count what is whole, `running` is the size of the micro-batch in hand.
+    """
 
     model: torch.nn.Module
     compute: Compute
@@ -42,7 +46,10 @@ class StepState:
     clip: float | None
     batch_statistics: bool
     mover: Mover | None  # host batch -> device batch; None: it is there already
+    transaction: Transaction
     steps: int = 0
+    samples: int = 0
+    running: int = 0
     reduction: Reduction | None = None
     skip_on_device: bool = False
     settle: Callable[[StepState, StepData, Reduction], Reduction] | None = None
@@ -57,6 +64,7 @@ class StepResult:
 
     sizes: list[int]
     lr: float
+    lr_factor: float
     values: Callable[[], list[float]]
     weights: list[float]
     gradients: int
@@ -70,7 +78,7 @@ class StepResult:
 def train_step(
     state: StepState, data: StepData, lr_factor: float = 1.0, *, measure_peaks: bool = False
 ) -> StepResult:
-    """Train one step on `data` and return what it gave.
+    """Train one step on `data`; raised from, it is taken back by `state.transaction.roll_back`.
 
     Args:
         state: model, optimizer and the rest; gradients are None before and after.
@@ -81,27 +89,27 @@ def train_step(
         Whatever the person's own step raises, and HybridMagicError when it returns no loss.
     """
     mark, marks = state.device.mark, []
+    state.transaction.begin(state.steps, state.precision)
     probing = (data.probe or state.noise.waits) and state.noise.begin(state.steps)
     paired = probing and (state.batch_statistics or len(data.batches) == 1)
     kept = 0.0  # the weight of the first micro-batch, where its gradient was kept
-    weights: list[float] | None = None
-    if state.reduction is not None:
-        weights = reduction.weights(state.reduction, data.batches, data.sizes)
+    known = state.reduction
+    weights = None if known is None else reduction.weights(known, data.batches, data.sizes)
     losses: dict[int, Tensor] = {}
     logged: dict[str, Tensor] = {}
     peaks: list[int | None] | None = [] if measure_peaks else None
-    coming = data.coming
-    if state.mover is not None and coming is None:
-        coming = state.mover.send(data.batches[0])
+    coming, mover = data.coming, state.mover
+    if mover is not None and coming is None:
+        coming = mover.send(data.batches[0])
     for number, batch in enumerate(data.batches):
         if peaks is not None:
             state.device.reset_peak()
         marks.append(mark())
-        moved = batch
-        if state.mover is not None:
-            moved = state.mover.receive(coming)
+        state.running, moved = data.sizes[number], batch
+        if mover is not None:
+            moved = mover.receive(coming)
             if number + 1 < len(data.batches):
-                coming = state.mover.send(data.batches[number + 1])
+                coming = mover.send(data.batches[number + 1])
         if weights is None:
             loss, extra, found = _watched_forward(state, data, moved)
             weights = reduction.weights(found, data.batches, data.sizes)
@@ -122,7 +130,8 @@ def train_step(
     marks.append(mark())
     result = _apply(state, data, list(losses.values()), logged, kept, paired, lr_factor)
     marks.append(mark())
-    state.steps += 1
+    state.steps, state.samples = state.steps + 1, state.samples + sum(data.sizes)  # it is whole
+    state.transaction.close()
     result.weights = [weights[number] for number in losses]
     result.marks, result.peaks = marks, peaks
     return result
@@ -165,7 +174,7 @@ def _watched_forward(
     """Run the first forward pass of a run, learning from it how the loss is reduced."""
     with LossWatch() as watch:
         loss, extra = forward(state, batch)
-    check_loss(loss)
+    reduction.check(loss)
     if not isinstance(extra, Mapping):
         raise HybridMagicError(
             f"the step gave (loss, {type(extra).__name__}); wanted the loss, or (loss, a dict of "
@@ -176,24 +185,6 @@ def _watched_forward(
         found = state.settle(state, data, found)
     state.reduction = found if found.certain else None  # else it is looked at again
     return loss, extra, found
-
-
-def check_loss(loss: Any) -> None:
-    """Raise HybridMagicError unless `loss` is one number that a gradient can be taken of."""
-    if not isinstance(loss, Tensor):
-        found, do = f"a {type(loss).__name__}", "return the loss of the batch"
-    elif loss.numel() != 1 or loss.dim() > 0:
-        found, do = f"a tensor of shape {tuple(loss.shape)}", "take its .mean()"
-    elif not loss.requires_grad:
-        found, do = (
-            "a loss without a gradient",
-            "compute it from the model, without .item() or no_grad",
-        )
-    else:
-        return
-    raise HybridMagicError(
-        f"the step gave {found}; wanted one number that depends on the model; {do}"
-    )
 
 
 def _gradient(state: StepState, weight: float, loss: Tensor) -> Tensor:
@@ -249,19 +240,34 @@ def _apply(
         check = sum(read[:judged])
         skipped = check - check != 0.0  # true of inf and nan alone
         values = read.copy
-    if not skipped:
+    state.transaction.hold()
+    if skipped:
+        _keep_statistics(state, told[: len(losses)])
+    else:
         if state.clip is not None:
             norm = torch.linalg.vector_norm(torch.stack(norms))
             torch._foreach_mul_(grads, (state.clip / (norm + 1e-6)).clamp(max=1.0))
         if state.skip_on_device:
             optimizer.found_inf = (~torch.isfinite(told[:judged]).all()).float()
+            _keep_statistics(state, told[: len(losses)])
         _optimizer_step(optimizer, lr_factor)
     if scaler is not None:
         scaler.update()
     lr = float(optimizer.param_groups[0]["lr"]) * lr_factor
     for param in state.params:
         param.grad = None
-    return StepResult(data.sizes, lr, values, [], len(norms), noise, tuple(logged), skipped)
+    return StepResult(
+        data.sizes, lr, lr_factor, values, [], len(norms), noise, tuple(logged), skipped
+    )
+
+
+def _keep_statistics(state: StepState, losses: Tensor) -> None:
+    """Where a loss is not finite, leave BatchNorm's statistics as they were before the step.
+
+    Decided on the device, so that nothing is read; a NaN in them would stay for ever.
+    """
+    if state.batch_statistics:
+        state.transaction.keep_buffers(~torch.isfinite(losses).all())
 
 
 def _optimizer_step(optimizer: torch.optim.Optimizer, lr_factor: float) -> None:

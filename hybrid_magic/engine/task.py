@@ -18,7 +18,7 @@ from torch import nn
 from ..config import TrainConfig
 from ..errors import ConfigError, HybridMagicError
 from .data import Feed
-from .device import choose_device
+from .placement import choose_device
 from .sampled import open_feed
 from .step import Compute
 

@@ -1,8 +1,7 @@
 """train(): the loop. Owns the TrainState, emits records, obeys the control.
 
-Plans a step, has `train_step` do it, tells the policy what happened, and ends at a whole step
-whatever ends it. Prints nothing and knows no widget; what must not be lost is put back by
-`prepare`, also when an exception passes through.
+Plans a step, has it done, tells the policy what happened, and ends at a whole step whatever ends
+it. Prints nothing and knows no widget; what must not be lost is put back by `undo`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -21,13 +19,17 @@ from ..records import Sink
 from ..run import Run
 from .control import RunControl
 from .data import StepData
-from .device import probe_for
+from .device import attempt, probe_for
+from .letting_go import let_go
 from .prefetch import one_step_ahead
-from .prepare import Interrupts, prepared, random_state_kept_on_error, seed_everything
+from .prepare import Interrupts, prepare
 from .progress import TrainState
-from .setup import environment, make_optimizer, open_state, settings_for
-from .step import Compute, train_step
+from .randomness import random_state_kept_on_error, seed_everything
+from .retry import whole_step
+from .setup import environment, make_optimizer, open_state, replayed, settings_for
+from .step import Compute
 from .task import Task, describe
+from .undo import Undo
 
 
 def train(
@@ -39,6 +41,7 @@ def train(
     val: Any = None,
     loss: Any = None,
     scheduler: Any = None,
+    replay: Run | None = None,
     sink: Sink | None = None,
     control: RunControl | None = None,
     names: Mapping[str, str] | None = None,
@@ -56,6 +59,8 @@ def train(
         val: loader to validate on after every epoch.
         loss: criterion(output, y) for an inferred step.
         scheduler: of `optimizer`; advanced by samples seen, as the plain loop would advance it.
+        replay: a Run, also a loaded one, whose sizes, learning-rate factors and precision are
+            repeated step by step; nothing is decided anew.
         sink: called with every Record.
         control: what may be asked of the run while it runs.
         names: what the person calls model, loader, val, optimizer and loss, for messages.
@@ -63,8 +68,10 @@ def train(
         options: the fields of TrainConfig: epochs, precision, batch, ...
     Raises:
         HybridMagicError: a mistake that can be known before training (ConfigError, a ValueError,
-            for an option); nothing was changed.
+            for an option); nothing was changed. Or memory that runs out at the smallest possible
+            micro-batch: the model is left at a whole step.
         KeyboardInterrupt: after the run ended at a whole step; `hybrid_magic.last_run` holds it.
+        Whatever the person's own code raises, its traceback without the tensors of the step.
     """
     given = {"optimizer": optimizer, "val": val, "loss": loss, "scheduler": scheduler}
     for name, value in given.items():
@@ -74,45 +81,72 @@ def train(
         options["device"] = str(options["device"])
     if hasattr(loader, "__next__") and options.get("epochs") is None:
         options["epochs"] = 1  # there is no second epoch of what is read once
-    config = TrainConfig.from_options(options)
-    with random_state_kept_on_error():
-        if config.seed is not None:
-            seed_everything(config.seed)
-        task = describe(
-            model,
-            loader,
-            step,
-            config,
-            optimizer=optimizer,
-            val=val,
-            loss=loss,
-            scheduler=scheduler,
-            names=names,
+    config = replayed(TrainConfig.from_options(options), replay)
+    try:
+        run, memory = attempt(
+            _train, model, loader, step, given, replay, config, sink, control, names, found
         )
-        task.notes[:0] = found
-        probe = probe_for(task.device)
-        run = Run(config=config.as_json(), environment=environment(probe))
-        optimizer = make_optimizer(task, config, probe)
-        limits = settings_for(task, config, probe, optimizer)
-        state = TrainState(run, sink, control, config, probe, limits, task.feed)
-        stream, first = _first_step(task, state)
-    with ExitStack() as stack:
-        stack.callback(task.feed.close)
-        stack.enter_context(prepared(model, optimizer, task.criterion, probe.device))
-        stack.enter_context(state.ending(val))
-        state.interrupts = stack.enter_context(Interrupts())
-        state.step_state = open_state(task, config, probe, optimizer, state, first, stack)
-        _loop(task, state, itertools.chain([first], stream))
+    except BaseException as error:
+        let_go(error)
+        raise
+    if memory is not None:
+        raise HybridMagicError(
+            f"out of memory outside a training step ({memory}); wanted room for the model; free "
+            "the memory that others hold (%hybrid_free), or use a smaller model"
+        )
+    return run
+
+
+def _train(
+    model: torch.nn.Module,
+    loader: Any,
+    step: Compute | None,
+    given: dict[str, Any],
+    replay: Run | None,
+    config: TrainConfig,
+    sink: Sink | None,
+    control: RunControl | None,
+    names: Mapping[str, str] | None,
+    found: Sequence[str],
+) -> Run:
+    """Check, prepare, train, and put back; the second `undo` answers an interrupt of the first."""
+    undo, interrupts = Undo(), Interrupts()
+    try:
+        try:
+            with random_state_kept_on_error():
+                if config.seed is not None:
+                    seed_everything(config.seed)
+                task = describe(model, loader, step, config, names=names, **given)
+                undo.push(task.feed.close)
+                task.notes[:0] = found
+                probe = probe_for(task.device)
+                run = Run(config=config.as_json(), environment=environment(probe))
+                optimizer = make_optimizer(task, config, probe)
+                limits = settings_for(task, config, probe, optimizer)
+                sizes = None if replay is None else replay.sizes
+                state = TrainState(run, sink, control, interrupts, config, probe, limits, sizes)
+                stream, first = _first_step(task, state)
+            interrupts.catch(undo)
+            prepare(undo, model, optimizer, task.criterion, probe.device)
+            open_state(task, config, probe, optimizer, state, first, undo)
+            _loop(task, state, itertools.chain([first], stream))
+            state.finish(task.val)
+        finally:
+            interrupts.ending = True
+            undo()
+    finally:
+        undo()
+    if interrupts.hit:  # while the run was closing its books
+        raise KeyboardInterrupt
     return run
 
 
 def _first_step(task: Task, state: TrainState) -> tuple[Iterator[StepData], StepData]:
     """Draw the first step's samples before anything is changed: here a broken loader is told."""
-    stream = task.feed.epoch(state.plan)
+    stream = task.feed.epoch(state.sizing.plan)
     try:
         first = next(stream, None)
     except Exception as error:
-        task.feed.close()
         why = str(error).strip().splitlines() or [""]
         raise HybridMagicError(
             f"{task.names['loader']} failed on its first batch ({type(error).__name__}: "
@@ -135,18 +169,13 @@ def _loop(task: Task, state: TrainState, stream: Iterator[StepData]) -> None:
             stream = one_step_ahead(stream, mover)
         while True:
             start = time.perf_counter()
-            data = next(stream, None)
+            data = _next(stream, state)
             if data is None:
                 break
             waited = time.perf_counter() - start
-            size = sum(data.sizes)
-            result = train_step(
-                state.step_state,
-                data,
-                state.lr_factor(size),
-                measure_peaks=state.measures_peaks(data),
-            )
-            state.took(result, waited, size, time.perf_counter() - start)
+            peaks = state.measures_peaks(data)
+            result, retries = whole_step(state.step_state, state.sizing, data, measure_peaks=peaks)
+            state.took(result, retries, waited, time.perf_counter() - start)
             if state.obey():
                 return
         if state.in_epoch == 0:
@@ -157,4 +186,22 @@ def _loop(task: Task, state: TrainState, stream: Iterator[StepData]) -> None:
             )
         if state.end_epoch(task.val):
             return
-        stream = task.feed.epoch(state.plan)
+        stream = task.feed.epoch(state.sizing.plan)
+
+
+def _next(stream: Iterator[StepData], state: TrainState) -> StepData | None:
+    """Return the next step's data, None at the epoch's end; waiting for it can be interrupted.
+
+    Raises:
+        KeyboardInterrupt: also where an interrupt has ended the loader's workers first.
+    """
+    interrupts = state.interrupts
+    interrupts.at_once = True
+    try:
+        return next(stream, None)
+    except Exception:
+        if interrupts.hit:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        interrupts.at_once = False

@@ -14,6 +14,7 @@ from hybrid_magic.engine.gradients import NoiseProbe
 from hybrid_magic.engine.precision import Precision
 from hybrid_magic.engine.rehearse import settle_reduction
 from hybrid_magic.engine.step import StepState
+from hybrid_magic.engine.transaction import Transaction
 
 CPU = torch.device("cpu")
 
@@ -139,6 +140,7 @@ def step_state(
         batch_statistics=False,
         mover=None,
         settle=settle_reduction,
+        transaction=Transaction(model, optimizer, params, CPU),
     )
 
 

@@ -78,7 +78,7 @@ def test_measuring_leaves_no_trace() -> None:
     )
     found = torch.get_rng_state()
     rehearse.faster_precision(state, images(8), "bf16")
-    points = rehearse.measure_sizes(state, images(8), (2, 4))
+    points, _ = rehearse.measure_sizes(state, images(8), (2, 4))
     assert [size for size, _, _ in points] == [2, 4]
     assert all(seconds > 0 for _, seconds, _ in points)
     assert differences(model, before) == []

@@ -275,9 +275,8 @@ def test_out_of_memory_is_told_in_one_line_that_says_what_helps() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
         return loss_of(model, batch)
 
-    with pytest.raises(
-        hm.HybridMagicError, match=r"out of memory on cpu.* in step 3; .*try --micro 4"
-    ):
+    words = r"out of memory on cpu.* in step 3, at a micro-batch of 1 sample \(CUDA out of memory.*"
+    with pytest.raises(hm.HybridMagicError, match=words + "wanted room for .*precision bf16"):
         hm.train(model, loader_with(), compute, precision="fp32", batch="fixed", micro=8)
     assert hm.last_run is not None
     assert (hm.last_run.outcome, hm.last_run.steps) == ("failed", 2)

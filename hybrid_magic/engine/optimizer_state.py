@@ -1,0 +1,44 @@
+"""The state that optimizers make lazily in their first step, made before it.
+
+So the first step's memory is that of every later one, and running out of memory for it is found out
+before anything was trained. Made by torch's own code; other optimizers make theirs when they like.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .undo import Undo
+
+
+def make_up_front(undo: Undo, optimizer: Any) -> None:
+    """Make the state of torch's Adam-likes; `undo` removes what no step has used."""
+    make = getattr(optimizer, "_init_group", None)
+    adam_like = "betas" in optimizer.defaults or "alpha" in optimizer.defaults
+    if make is None or not adam_like or not type(optimizer).__module__.startswith("torch.optim."):
+        return
+    lists = len(inspect.signature(make).parameters) - 1  # beside the group
+    made: list[Tensor] = []
+    undo.push(lambda: _remove_unused(optimizer, made))
+    for group in optimizer.param_groups:
+        new = [p for p in group["params"] if p.requires_grad and not optimizer.state.get(p)]
+        made += new
+        try:
+            for param in new:  # a gradient of zeros that takes no memory
+                zero = torch.zeros((), dtype=param.dtype, device=param.device)
+                param.grad = zero.expand_as(param)
+            make({**group, "params": new}, *([] for _ in range(lists)))
+        finally:
+            for param in new:
+                param.grad = None
+
+
+def _remove_unused(optimizer: Any, made: list[Tensor]) -> None:
+    """Remove the state of weights that had no gradient, as the plain loop would not have it."""
+    for param in made:
+        if not float(optimizer.state.get(param, {}).get("step", 1)):
+            del optimizer.state[param]

@@ -1,0 +1,121 @@
+"""The random generators that training draws from: kept, put back, seeded.
+
+Python's, NumPy's (when it is loaded), torch's on the host and on the device that trains. Generators
+that a person made for themselves are theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+WATCHED = 8  # first steps, watched for draws from Python's and NumPy's generators
+WATCH_EVERY = 64  # of the later ones; once a step was seen to draw, every step is kept
+
+
+class RandomState:
+    """The state of every generator, to be put back."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._tensors = TensorRandom(device)
+        self._host = _host_state()
+
+    def put_back(self) -> None:
+        self._tensors.put_back()
+        _set_host_state(self._host)
+
+
+class TensorRandom:
+    """The state of torch's generators, on the host and on one device; no device is waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._torch = torch.get_rng_state()
+        self._accelerator = None
+        if device.type == "cuda":
+            self._accelerator = torch.cuda.get_rng_state(device)
+        elif device.type == "mps":
+            self._accelerator = torch.mps.get_rng_state()
+
+    def put_back(self) -> None:
+        torch.set_rng_state(self._torch)
+        if self._accelerator is None:
+            return
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(self._accelerator, self._device)
+        else:
+            torch.mps.set_rng_state(self._accelerator)
+
+
+class StepRandom:
+    """What a step may draw from, as it was at its start.
+
+    Reading Python's and NumPy's generators takes as long as a small step. They are read for steps
+    like those that were seen to draw from them: the first ones are watched, then one in 64.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._draws = False
+        self._tensors: TensorRandom | None = None
+        self._host: Any = None
+
+    def take(self, number: int) -> None:
+        self._tensors = TensorRandom(self._device)
+        read = self._draws or number < WATCHED or number % WATCH_EVERY == 0
+        self._host = _host_state() if read else None
+
+    def done(self) -> None:
+        """The step that `take` began is over: see whether it drew."""
+        if self._host is not None and not self._draws:
+            self._draws = not _same(self._host, _host_state())
+
+    def put_back(self) -> None:
+        if self._tensors is not None:
+            self._tensors.put_back()
+        if self._host is not None:
+            _set_host_state(self._host)
+
+
+def _host_state() -> tuple[Any, Any]:
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), None if numpy is None else numpy.random.get_state()
+
+
+def _set_host_state(state: tuple[Any, Any]) -> None:
+    random.setstate(state[0])
+    if state[1] is not None:
+        sys.modules["numpy"].random.set_state(state[1])
+
+
+def _same(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
+    if one[0] != other[0] or (one[1] is None) != (other[1] is None):
+        return False
+    return one[1] is None or all(
+        bool((a == b).all()) if hasattr(a, "all") else a == b
+        for a, b in zip(one[1], other[1], strict=True)
+    )
+
+
+@contextlib.contextmanager
+def random_state_kept_on_error() -> Iterator[None]:
+    """Put the host's random generators back when what is done here is refused or interrupted."""
+    found = RandomState(torch.device("cpu"))
+    try:
+        yield
+    except BaseException:
+        found.put_back()
+        raise
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy (when it is loaded) and torch on every device."""
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+    torch.manual_seed(seed)

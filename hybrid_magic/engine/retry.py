@@ -1,0 +1,109 @@
+"""A step that runs out of memory starts over, in smaller micro-batches, as if it had begun so.
+
+The exception is dropped before anything is tried again, so that the failed tensors are gone by
+then. Which sizes failed is the policy's to remember.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import HybridMagicError
+from ..policy import batch as cutting
+from . import nested
+from .data import StepData
+from .device import attempt
+from .sizing import Sizing
+from .step import StepResult, StepState, train_step
+
+
+def whole_step(
+    state: StepState, sizing: Sizing, data: StepData, *, measure_peaks: bool = False
+) -> tuple[StepResult, int]:
+    """Train one step on `data`, however often its micro-batches must shrink; return the number of
+    times it started over, too.
+
+    Raises:
+        HybridMagicError: the smallest possible micro-batch ran out of memory; nothing of the step
+            is left.
+    """
+    factor = sizing.lr_factor(sum(data.sizes))
+    if not sizing.fits(data.sizes):  # planned before such a size failed
+        data = recut(data, sizing.recut(sum(data.sizes))) or data
+    retries = 0
+    while True:
+        before = _versions(data) if state.mover is None else []
+        result, found = attempt(train_step, state, data, factor, measure_peaks=measure_peaks)
+        if found is None:
+            return result, retries
+        data = _smaller(state, sizing, data, before, found)
+        retries += 1
+
+
+def _smaller(
+    state: StepState, sizing: Sizing, data: StepData, before: list[int], found: str
+) -> StepData:
+    """Take the failed step back and return its samples in smaller micro-batches."""
+    size, step = state.running, state.steps + 1
+    state.noise.forget()
+    state.transaction.roll_back(state.steps)
+    state.device.release()
+    sizing.ran_out(size, step)
+    why = (
+        f"out of memory on {state.device.name} in step {step}, at a micro-batch of {size} "
+        f"sample{'s' * (size > 1)} ({found})"
+    )
+    if state.mover is None and _versions(data) != before:
+        raise HybridMagicError(
+            f"{why}; wanted to start the step over, but it writes into its batch; let it write "
+            "into a copy, e.g. x = x.clone()"
+        )
+    sizes = sizing.recut(sum(data.sizes))
+    if max(sizes) >= max(data.sizes):
+        raise HybridMagicError(
+            f"{why}; wanted room for the smallest micro-batch there can be; free the memory that "
+            "others hold (%hybrid_free), or use --precision bf16, shorter samples, activation "
+            "checkpointing, or an optimizer with less state"
+        )
+    smaller = recut(data, sizes)
+    if smaller is None:
+        raise HybridMagicError(
+            f"{why}; wanted to cut it smaller, and this batch cannot be cut between samples; make "
+            "the loader's batch smaller"
+        )
+    return smaller
+
+
+def recut(data: StepData, sizes: Sequence[int]) -> StepData | None:
+    """Return a step's samples in micro-batches of `sizes`, None where they cannot be cut.
+
+    Where the old micro-batches cannot be joined (they are padded to different lengths) each is cut
+    by itself, into none above the largest of `sizes`.
+    """
+    if any(nested.count(batch) != n for batch, n in zip(data.batches, data.sizes, strict=True)):
+        return None
+    batches, lengths, wanted = data.batches, data.sizes, list(sizes)
+    if not {*itertools.accumulate(lengths)} <= {*itertools.accumulate(wanted)}:
+        whole = nested.joined(*batches)
+        if whole is not None and nested.count(whole) == sum(sizes):
+            batches, lengths = [whole], [sum(sizes)]
+        else:
+            wanted = [part for n in lengths for part in cutting.split(n, max(sizes))]
+    pieces: list[Any] = []
+    ends = iter(wanted)
+    for batch, n in zip(batches, lengths, strict=True):
+        start = 0
+        while start < n:
+            size = next(ends)
+            pieces.append(nested.rows(batch, start, start + size))
+            start += size
+    return StepData(pieces, wanted, data.probe and len(wanted) > 1)
+
+
+def _versions(data: StepData) -> list[int]:
+    """Return how often each tensor of the step was written into."""
+    return [leaf._version for leaf in nested.leaves(data.batches) if isinstance(leaf, Tensor)]

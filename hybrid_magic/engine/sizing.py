@@ -1,0 +1,111 @@
+"""Sizing: what sizes the run's steps have. Asks the policy, or repeats what another run did.
+
+The one place of the engine that holds the policy's state; emits its changes. Knows no tensor.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+from ..policy import steering
+from ..records import NoteRecord, Record
+from ..sizes import StepSizes
+
+
+class Sizing:
+    """The sizes of the steps to come; `pinned` where nothing that a step shows can change them."""
+
+    def __init__(
+        self,
+        settings: steering.Settings,
+        emit: Callable[[Record], None],
+        replay: StepSizes | None = None,
+    ) -> None:
+        self.settings, self._emit = settings, emit
+        self._state = steering.init(settings)
+        self._planned: Iterator[tuple[tuple[int, ...], float]] = iter(replay or ())
+        self._factors = iter(replay or ())
+        self._replayed = 0 if replay is None else len(replay)
+        self.pinned = replay is not None or (
+            settings.batch != "adaptive"
+            and (settings.micro or settings.accum) is not None
+            and settings.warmup in ("auto", 0)
+        )
+
+    def plan(self, remaining: int | None) -> steering.StepPlan:
+        """Plan the next step, with `remaining` samples left in the epoch (None: unknown)."""
+        again = next(self._planned, None)
+        if again is not None:
+            return steering.StepPlan(_at_most(again[0], remaining))
+        plan, self._state = steering.plan(self._state, remaining)
+        return plan
+
+    def lr_factor(self, size: int) -> float:
+        """Return the next step's factor on the learning rate; asked for once a step.
+
+        One batch as it comes counts as planned.
+        """
+        if self._replayed:
+            again = next(self._factors, None)
+            if again is not None:
+                return again[1]
+            self._emit(NoteRecord(f"replayed all {self._replayed} steps; the next are as asked"))
+            self._replayed = 0
+        planned = max(self._state.batch, self.settings.base)
+        return steering.lr_factor(self._state, min(size, planned))
+
+    def learn(self, points: Sequence[tuple[int, float, int | None]], size: int) -> tuple[int, ...]:
+        """Tell the policy of passes (samples, seconds, peak bytes) that trained nothing.
+
+        Returns the cut that it then makes of the first step's `size` samples.
+        """
+        self._state, changes = steering.rehearsed(self._state, points)
+        self._tell(changes)
+        return steering.recut(self._state, size)
+
+    def observe(self, facts: steering.StepFacts) -> None:
+        """Tell the policy of a step."""
+        self._state, changes = steering.observe(self._state, facts)
+        self._tell(changes)
+
+    def by_hand(self, name: str, value: float | None, step: int) -> None:
+        """Have the policy follow a setting, or "grow" or "shrink"."""
+        self._state, changes = steering.apply(self._state, name, value, step)
+        self._tell(changes)
+
+    def summed(self) -> None:
+        """Tell the policy that the loss is a sum over samples."""
+        self._state = steering.summed(self._state)
+
+    @property
+    def noise_scale(self) -> float | None:
+        return steering.noise_scale(self._state)
+
+    # -- running out of memory --
+
+    def fits(self, sizes: Sequence[int]) -> bool:
+        """Return whether no size among these ran out of memory before."""
+        return steering.fits(self._state, sizes)
+
+    def ran_out(self, size: int, step: int) -> None:
+        """Tell the policy that a micro-batch of `size` ran out of memory in `step`."""
+        self._state, changes = steering.oom(self._state, size, step)
+        self._tell(changes)
+
+    def recut(self, n: int) -> list[int]:
+        """Return the cut of exactly `n` samples as things stand."""
+        return list(steering.recut(self._state, n))
+
+    def _tell(self, changes: steering.Changes) -> None:
+        for change in changes:
+            self._emit(change)
+
+
+def _at_most(sizes: tuple[int, ...], remaining: int | None) -> tuple[int, ...]:
+    """Return `sizes` cut off after `remaining` samples."""
+    if remaining is None or sum(sizes) <= remaining:
+        return sizes
+    ends = itertools.accumulate(sizes)
+    kept = [size - max(0, end - remaining) for size, end in zip(sizes, ends, strict=True)]
+    return tuple(size for size in kept if size > 0)
