@@ -35,11 +35,15 @@ class TensorRandom:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._torch = torch.get_rng_state()
         self._accelerator = None
-        if device.type == "cuda":
-            self._accelerator = torch.cuda.get_rng_state(device)
-        elif device.type == "mps":
+        self.take()
+
+    def take(self) -> None:
+        self._torch = torch.default_generator.get_state()
+        kind = self._device.type
+        if kind == "cuda":
+            self._accelerator = torch.cuda.get_rng_state(self._device)
+        elif kind == "mps":
             self._accelerator = torch.mps.get_rng_state()
 
     def put_back(self) -> None:
@@ -60,13 +64,12 @@ class StepRandom:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._tensors = TensorRandom(device)
         self._draws = False
-        self._tensors: TensorRandom | None = None
         self._host: Any = None
 
     def take(self, number: int) -> None:
-        self._tensors = TensorRandom(self._device)
+        self._tensors.take()
         read = self._draws or number < WATCHED or number % WATCH_EVERY == 0
         self._host = _host_state() if read else None
 
@@ -76,8 +79,7 @@ class StepRandom:
             self._draws = not _same(self._host, _host_state())
 
     def put_back(self) -> None:
-        if self._tensors is not None:
-            self._tensors.put_back()
+        self._tensors.put_back()
         if self._host is not None:
             _set_host_state(self._host)
 

@@ -32,11 +32,11 @@ def whole_step(
             is left.
     """
     factor = sizing.lr_factor(sum(data.sizes))
-    if not sizing.fits(data.sizes):  # planned before such a size failed
+    if sizing.tight and not sizing.fits(data.sizes):  # planned before such a size failed
         data = recut(data, sizing.recut(sum(data.sizes))) or data
     retries = 0
     while True:
-        before = _versions(data) if state.mover is None else []
+        before = _versions(data.batches) if state.mover is None else []
         result, found = attempt(train_step, state, data, factor, measure_peaks=measure_peaks)
         if found is None:
             return result, retries
@@ -57,7 +57,7 @@ def _smaller(
         f"out of memory on {state.device.name} in step {step}, at a micro-batch of {size} "
         f"sample{'s' * (size > 1)} ({found})"
     )
-    if state.mover is None and _versions(data) != before:
+    if state.mover is None and _versions(data.batches) != before:
         raise HybridMagicError(
             f"{why}; wanted to start the step over, but it writes into its batch; let it write "
             "into a copy, e.g. x = x.clone()"
@@ -104,6 +104,13 @@ def recut(data: StepData, sizes: Sequence[int]) -> StepData | None:
     return StepData(pieces, wanted, data.probe and len(wanted) > 1)
 
 
-def _versions(data: StepData) -> list[int]:
+def _versions(batches: Sequence[Any]) -> list[int]:
     """Return how often each tensor of the step was written into."""
-    return [leaf._version for leaf in nested.leaves(data.batches) if isinstance(leaf, Tensor)]
+    found: list[int] = []
+    for batch in batches:
+        pair = type(batch) in (list, tuple) and len(batch) == 2
+        if pair and type(batch[0]) is type(batch[1]) is Tensor:
+            found += (batch[0]._version, batch[1]._version)  # (x, y), as most loaders yield it
+        else:
+            found += [leaf._version for leaf in nested.leaves(batch) if isinstance(leaf, Tensor)]
+    return found

@@ -26,6 +26,7 @@ class Sizing:
         self._state = steering.init(settings)
         self._planned: Iterator[tuple[tuple[int, ...], float]] = iter(replay or ())
         self._factors = iter(replay or ())
+        self.tight = False  # a size ran out of memory
         self._replayed = 0 if replay is None else len(replay)
         self.pinned = replay is not None or (
             settings.batch != "adaptive"
@@ -90,6 +91,7 @@ class Sizing:
 
     def ran_out(self, size: int, step: int) -> None:
         """Tell the policy that a micro-batch of `size` ran out of memory in `step`."""
+        self.tight = True
         self._state, changes = steering.oom(self._state, size, step)
         self._tell(changes)
 

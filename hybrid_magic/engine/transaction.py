@@ -18,6 +18,8 @@ from .device import is_out_of_memory
 from .precision import Precision
 from .randomness import StepRandom
 
+_TENSORS = (Tensor, nn.Parameter)
+
 
 class Transaction:
     """One for a run; `number` is the step that is open, None while none is."""
@@ -56,14 +58,15 @@ class Transaction:
 
     def hold(self) -> None:
         """Keep what the optimizer and the scaler are about to change."""
-        optimizer = self._optimizer
-        self._states = [(key, state, dict(state)) for key, state in optimizer.state.items()]
-        self._groups = [dict(group) for group in optimizer.param_groups]
+        optimizer, precision = self._optimizer, self._precision
+        self._groups = list(map(dict, optimizer.param_groups))
+        states = optimizer.state
+        self._states = list(zip(states, states.values(), map(dict, states.values()), strict=True))
         tensors = list(self._params)
-        for _, state, _ in self._states:
-            tensors += [value for value in state.values() if isinstance(value, Tensor)]
-        self._stepped.take(tensors)
-        scaler: Any = self._precision.scaler
+        for _, _, found in self._states:
+            tensors += found.values()
+        self._stepped.take([value for value in tensors if type(value) in _TENSORS])
+        scaler: Any = precision.scaler
         if scaler is not None and scaler._scale is not None:
             self._scale = [scaler._scale.clone(), scaler._growth_tracker.clone()]
         self._holding = True
@@ -126,7 +129,7 @@ class Held:
     """
 
     def __init__(self) -> None:
-        self._at: list[int] = []
+        self._at: list[int] | None = None
         self._views: list[list[Tensor]] = []
         self._flat: list[Tensor | None] = []
         self._odd: list[tuple[Tensor, Tensor]] = []  # not one dense piece: copied one by one
@@ -134,8 +137,11 @@ class Held:
 
     def take(self, tensors: Sequence[Tensor]) -> None:
         """Copy `tensors` as they are now."""
-        at = [0 if tensor.is_sparse else tensor.data_ptr() for tensor in tensors]
-        if at != self._at or self._odd:
+        try:
+            at = list(map(Tensor.data_ptr, tensors))
+        except RuntimeError:  # a sparse tensor has no one place
+            at = None
+        if at is None or at != self._at or self._odd:
             self._arrange(tensors)
             self._at = at
         for number, views in enumerate(self._views):
