@@ -154,13 +154,15 @@ class CudaProbe(DeviceProbe):
         self.pressure()  # what happened before this run is no pressure of it
 
     @property
-    def total_bytes(self) -> int | None:
-        return torch.cuda.get_device_properties(self.device).total_memory
+    def total_bytes(self) -> int:
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        share = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch 2.8 and later
+        return total if share is None else int(total * share(self.device))
 
     @property
     def taken_bytes(self) -> int:
-        free, total = torch.cuda.mem_get_info(self.device)
-        return max(0, total - free - torch.cuda.memory_reserved(self.device))
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return max(0, self.total_bytes - free - torch.cuda.memory_reserved(self.device))
 
     @property
     def name(self) -> str:
