@@ -157,7 +157,9 @@ def room() -> Iterator[Callable[[int], None]]:
             (torch.cuda.memory_reserved(GPU) + size) / total, GPU
         )
 
-    torch.zeros(64, 64, device=GPU) @ torch.zeros(64, 64, device=GPU)  # cuBLAS takes its workspace
+    torch.mm(
+        torch.zeros(64, 64, device=GPU), torch.zeros(64, 64, device=GPU)
+    )  # cuBLAS takes its workspace
     yield limit
     torch.cuda.set_per_process_memory_fraction(1.0, GPU)
     torch.cuda.empty_cache()
