@@ -122,7 +122,7 @@ def test_workers_are_started_once_an_epoch_whatever_the_sizes_do() -> None:
             control.set("accum", 1 + len(alive) % 4)
 
     rows = list(zip(*vectors(16 * 24), strict=True))
-    data = DataLoader(rows, batch_size=16, num_workers=2)
+    data: Any = DataLoader(rows, batch_size=16, num_workers=2)  # type: ignore[arg-type]
     run = hm.train(mlp(), data, precision="fp32", batch="fixed", control=control, sink=sink)
     assert sum(change.what == "control" for change in run.changes) >= 20
     assert len({workers for workers in alive if workers}) == 1
