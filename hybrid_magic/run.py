@@ -85,7 +85,8 @@ class Run:
     `outcome` is "finished", "stopped", "interrupted" or "failed". `peak_allocated_bytes` is what
     tensors needed (on a CPU: the process's peak resident set), `peak_reserved_bytes` what the
     allocator took. `metrics` is a dict a validation. `seconds` counts training, not validation,
-    which is `validation_seconds`. `sizes` are the micro-batch sizes of every step, for `replay=`.
+    which is `validation_seconds`; what was shown meanwhile took `drawing_seconds` of them (None:
+    nothing was shown). `retries` is how often a step ran out of memory and started over. `sizes` are the micro-batch sizes of every step, for `replay=`.
     """
 
     config: dict[str, Any]
@@ -99,6 +100,8 @@ class Run:
     peak_reserved_bytes: int | None = None
     final_loss: float | None = None
     skipped_steps: int = 0
+    retries: int = 0
+    drawing_seconds: float | None = None
     error: str | None = None
     start: StartRecord | None = None
     metrics: list[dict[str, float]] = field(default_factory=list)
@@ -138,6 +141,8 @@ class Run:
             "peak_reserved_bytes": self.peak_reserved_bytes,
             "final_loss": self.final_loss,
             "skipped_steps": self.skipped_steps,
+            "retries": self.retries,
+            "drawing_seconds": self.drawing_seconds,
             "error": self.error,
             "metrics": [dict(metrics) for metrics in self.metrics],
         }
@@ -212,7 +217,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
             head, *lines = (json.loads(line) for line in file if line.strip())
         if (head["kind"], head["format"], head["records"]) != ("run", FORMAT, len(lines)):
             raise ValueError("another file, or not all of it")
-        run = Run(**{name: head[name] for name in _TOTALS})
+        run = Run(**{name: head[name] for name in _TOTALS if name in head})
         run.sizes = StepSizes.from_entries(head.get("sizes", ()))
         for line in lines:
             record = records.from_json(line)

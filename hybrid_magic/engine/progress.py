@@ -109,6 +109,7 @@ class TrainState:
         loss = seen.loss / size if self._sums else seen.loss
         if not self.sizing.pinned:
             self._steer(step, result, seen, loss, allocated)
+        self.run.retries += retries
         if seen.skipped:
             self.run.skipped_steps += 1
             self._judge_scale(step)

@@ -176,6 +176,7 @@ class View:
             self._pending = []
             self._close_text()
             if run is not None:
+                run.drawing_seconds = self.cost_s
                 self._show(run)
             elif self._handle is not None:
                 self._handle.update({"text/plain": ""}, raw=True)

@@ -43,6 +43,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
         rows.append(("batch", _batches(run)))
     if run.skipped_steps:
         rows.append(("skipped", f"{q.count(run.skipped_steps)} of the steps: gradient not finite"))
+    if run.retries:
+        times = "once" if run.retries == 1 else f"{q.count(run.retries)} times"
+        rows.append(("memory ran out", f"{times}; the step started over in smaller micro-batches"))
     return rows
 
 
@@ -175,6 +178,9 @@ def _time(run: Run) -> str:
     said = f"{q.duration(run.seconds)} training"
     if run.validation_seconds:
         said += f" + {q.duration(run.validation_seconds)} validation"
+    if run.drawing_seconds is not None and run.seconds > 0:
+        share = 100 * run.drawing_seconds / run.seconds
+        said += f" (of it {q.duration(run.drawing_seconds)} for what was shown, {share:.1f} %)"
     return f"{said}, {q.rate(run.samples_per_second)}"
 
 
