@@ -6,6 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PYTEST_ARGS ?=
 COMPAT ?= compat
+BROWSER ?= browser
 
 ifneq ($(MAKECMDGOALS),clean)
 FOUND := $(shell $(PYTHON) -c 'import sys; print("ok" if sys.version_info >= (3, 10) else "Python %d.%d" % sys.version_info[:2])' 2>/dev/null || echo nothing that runs)
@@ -14,7 +15,7 @@ $(error `$(PYTHON)` is $(FOUND); wanted Python 3.10 or later; name one, e.g. `ma
 endif
 endif
 
-.PHONY: demo test compat lint notebook clean
+.PHONY: demo test compat browser lint notebook screenshots clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.notebooks ## train on real data, headless, and leave a page of it
@@ -26,11 +27,17 @@ test: $(VENV)/.dev ## install what the tests need and run them
 compat: $(VENV)/.dev ## the notebook's tests on Colab's and Kaggle's older Jupyter stacks
 	@$(RUN) -m nox -s '$(COMPAT)'
 
+browser: $(VENV)/.dev ## the panel in JupyterLab, Notebook 7 and the classic notebook, in Chromium
+	@$(foreach stack,$(BROWSER),$(RUN) -m nox -s '$(stack)' &&) true
+
 lint: $(VENV)/.dev ## what CI checks besides the tests
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m pyright
 
 notebook: $(VENV)/.dev ## run the quickstart again and keep its outputs and the README's picture
 	@$(RUN) notebooks/demo.py --keep
+
+screenshots: $(VENV)/.dev ## train in JupyterLab and keep the README's pictures of the panel
+	@$(RUN) -m notebooks.screenshots
 
 clean:
 	rm -rf $(VENV) build dist .nox

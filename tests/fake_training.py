@@ -197,12 +197,21 @@ def finished_run(**options):
     return run
 
 
-def train_under_view(*, plain=False, **options):
-    """Train in a cell as the magic does: the view is closed whatever happens. Returns the Run."""
+def train_under_view(*, plain=False, stamps=None, **options):
+    """Train in a cell as the magic does: the view is closed whatever happens. Returns the Run.
+
+    `stamps` is a list that takes the time of day of every step.
+    """
+    from hybrid_magic import run as runs
     from hybrid_magic.notebook.live import open_view
 
     view = open_view(plain=plain)
     training = FakeTraining(view, view.control, **options)
+    runs.last_run = training.run
+    if stamps is not None:
+        training.sinks.append(
+            lambda record: stamps.append(time.time()) if type(record) is StepRecord else None
+        )
     try:
         return training()
     finally:

@@ -26,6 +26,14 @@ class Plan(Protocol):
     def probe(self) -> bool: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """The plan of a step that is repeated: no batch as it comes stands in for its sizes."""
+
+    sizes: tuple[int, ...]
+    probe: bool = False
+
+
 Planner = Callable[[int | None], Plan]
 
 
@@ -46,18 +54,25 @@ class Feed(Protocol):
     """Steps of data, an epoch at a time.
 
     `base` is the loader's batch, `samples` those of an epoch (None: unknown), `most` the largest
-    possible micro-batch (None: any), `drawn_apart` says that
-    reading on draws nothing from the random generators that the model shares.
+    possible micro-batch (None: any), `batches` the loader's own batches of an epoch (None:
+    unknown), `drawn_apart` says that reading on draws nothing from the random generators that the
+    model shares.
     """
 
     base: int
     samples: int | None
+    batches: int | None
     most: int | None
     note: str | None
     drawn_apart: bool
 
     def epoch(self, planner: Planner) -> Iterator[StepData]:
         """Yield the steps of one pass over the loader, each planned with the samples then left."""
+        ...
+
+    def ended(self, samples: int, *, over: bool = False) -> int:
+        """Return how many loader batches end within the first `samples` of an epoch; `over`: with
+        them it ends, and so does a short batch."""
         ...
 
     def close(self) -> None:
@@ -92,12 +107,17 @@ class SplitFeed:
                 "each is trained whole and counts as one sample"
             )
         self.base = self.most = size or 1
+        self._ended = 0  # batches of this epoch that were handed out whole
+        try:
+            self.batches: int | None = len(loader)
+        except (TypeError, NotImplementedError):
+            self.batches = None
 
     def epoch(self, planner: Planner) -> Iterator[StepData]:
         stream, self._opened = self._opened or iter(self._loader), None
         step = StepData([], [], False)
         queue: deque[int] = deque()
-        want = micro = 0
+        want = micro = self._ended = 0
         for batch in stream:
             n = nested.count(batch)
             start, end = 0, n or self.base
@@ -106,7 +126,7 @@ class SplitFeed:
                     plan = planner(None)
                     queue, want, micro = deque(plan.sizes), sum(plan.sizes), max(plan.sizes)
                     step.probe = plan.probe
-                    if start == 0 and want == self.base:
+                    if start == 0 and want == self.base and not isinstance(plan, Recorded):
                         want = end  # the base batch is one batch as it comes, whatever its size
                 size = (
                     end
@@ -118,11 +138,16 @@ class SplitFeed:
                 )
                 step.sizes.append(size)
                 start, want = start + size, want - size
+                self._ended += start >= end
                 if want <= 0:
                     yield step
                     step = StepData([], [], False)
         if step.batches:
             yield step
+
+    def ended(self, samples: int, *, over: bool = False) -> int:
+        del samples, over  # batches are never read ahead of the step in hand
+        return self._ended
 
     def close(self) -> None:
         self._opened = None

@@ -250,11 +250,12 @@ def probe_for(device: torch.device) -> DeviceProbe:
 
 _OUT_OF_MEMORY = (
     "out of memory",  # CUDA, HIP and MPS
-    "CUBLAS_STATUS_ALLOC_FAILED",
+    "_ALLOC_FAILED",  # cuBLAS, cuDNN, cuFFT, cuSOLVER, cuSPARSE
     "CUBLAS_STATUS_NOT_INITIALIZED",  # no room for a handle
-    "CUDNN_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_NOT_SUPPORTED",  # no room for the only workspace that would do
     "CUDNN_STATUS_INTERNAL_ERROR",
+    "unable to find a valid cuDNN algorithm",  # each of them wanted more workspace
+    "unable to find an engine to execute",
     "can't allocate memory",  # the CPU allocator
     "cannot allocate memory",
     "not enough memory",

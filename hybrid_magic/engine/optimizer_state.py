@@ -12,18 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .undo import Undo
 
-
-def make_up_front(undo: Undo, optimizer: Any) -> None:
-    """Make the state of torch's Adam-likes; `undo` removes what no step has used."""
+def make_up_front(optimizer: Any, made: list[Tensor]) -> None:
+    """Make the state of torch's Adam-likes; note in `made` for which weights."""
     make = getattr(optimizer, "_init_group", None)
     adam_like = "betas" in optimizer.defaults or "alpha" in optimizer.defaults
     if make is None or not adam_like or not type(optimizer).__module__.startswith("torch.optim."):
         return
     lists = len(inspect.signature(make).parameters) - 1  # beside the group
-    made: list[Tensor] = []
-    undo.push(lambda: _remove_unused(optimizer, made))
     for group in optimizer.param_groups:
         new = [p for p in group["params"] if p.requires_grad and not optimizer.state.get(p)]
         made += new
@@ -37,8 +33,10 @@ def make_up_front(undo: Undo, optimizer: Any) -> None:
                 param.grad = None
 
 
-def _remove_unused(optimizer: Any, made: list[Tensor]) -> None:
-    """Remove the state of weights that had no gradient, as the plain loop would not have it."""
+def remove_unused(optimizer: Any, made: list[Tensor]) -> None:
+    """Remove the state that no step has used, of weights that had no gradient, as the plain loop
+    would not have it; an open step is taken back before."""
     for param in made:
-        if not float(optimizer.state.get(param, {}).get("step", 1)):
+        state = optimizer.state.get(param)
+        if state is not None and (not state or not float(state.get("step", 1))):
             del optimizer.state[param]

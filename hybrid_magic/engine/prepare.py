@@ -1,7 +1,7 @@
 """What training changes of the person's things, and puts back on every way out.
 
-Device of model, optimizer state and criterion; train/eval modes; memory format; gradients; TF32
-switches; the interrupt handler. Knows no policy and no record.
+Device of model, optimizer state and criterion; train/eval modes; memory format; gradients; torch's
+switches (gradients on, autocast, TF32); the interrupt handler. Knows no policy and no record.
 """
 
 from __future__ import annotations
@@ -29,8 +29,16 @@ def prepare(
     """
     home = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
+    kind, gradients = device.type, torch.is_grad_enabled()
+    cast = torch.amp.is_autocast_available(kind)
+    casting = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) if cast else None
 
     def put_back() -> None:
+        # an interrupt may cut torch's own putting back short
+        torch.set_grad_enabled(gradients)
+        if casting is not None:
+            torch.set_autocast_enabled(kind, casting[0])
+            torch.set_autocast_dtype(kind, casting[1])
         _clear_gradients(model)
         for module, training in modes:
             module.training = training
@@ -117,12 +125,19 @@ class Interrupts:
         signal.signal(signal.SIGINT, self._found)
 
     def _note(self, *_: Any) -> None:
-        if self.ending:
-            return
-        if self.hit or self.at_once:
-            self.hit = True
-            raise KeyboardInterrupt
+        at_once = (self.hit or self.at_once) and not self.ending
         self.hit = True
+        if at_once:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold back a second one, too: for a moment's work that cannot be taken back."""
+        found, self.ending = self.ending, True
+        try:
+            yield
+        finally:
+            self.ending = found
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:

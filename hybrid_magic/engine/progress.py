@@ -7,7 +7,6 @@ makes it wait. Trains nothing itself.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from typing import Any
@@ -16,7 +15,6 @@ from ..config import TrainConfig
 from ..policy.facts import Settings, StepFacts
 from ..records import BatchChangeRecord, NoteRecord, Record, Sink, StepRecord, ValidationRecord
 from ..run import Run
-from ..sizes import StepSizes
 from . import requests
 from .control import RunControl
 from .data import StepData
@@ -47,14 +45,16 @@ class TrainState:
         config: TrainConfig,
         probe: DeviceProbe,
         settings: Settings,
-        replay: StepSizes | None,
+        replay: Run | None,
     ) -> None:
         self.run, self.probe = run, probe
         self.step = self.samples = self.epoch = self.in_epoch = 0
         self.interrupts, self._control = interrupts, control
         self.emit = _emitter(run, sink)
-        self.sizing = Sizing(settings, self.emit, replay)
-        self._precision_is_ours = config.precision == "auto"
+        self.sizing = Sizing(settings, self.emit, None if replay is None else replay.sizes)
+        self._precision_is_ours = config.precision == "auto" or (
+            replay is not None and any(made.before == "fp16" for made in replay.changes)
+        )
         self._epochs = config.passes
         self._steps = config.steps
         self._seconds = None if config.minutes is None else 60 * config.minutes
@@ -64,6 +64,7 @@ class TrainState:
         self._noise_scale: float | None = None
         self._validated = 0
         self._sums: bool | None = None  # whether the loss is a sum over samples; known after a step
+        self._epoch_loss = [0.0, 0]  # summed over the epoch's samples, and how many they are
         self._collapsed = False  # the loss scale fell below 1
 
     # -- what a step gave --
@@ -75,16 +76,22 @@ class TrainState:
     def took(self, result: StepResult, retries: int, waited: float, seconds: float) -> None:
         """Take in one step, which started over `retries` times and took `seconds`, of which it
         `waited` for data."""
-        self.step, self.samples = self.step_state.steps, self.step_state.samples
-        self.in_epoch += sum(result.sizes)
-        self.run.sizes.append(result.sizes, result.lr_factor)
-        if self.schedule is not None:
-            self.schedule.advance(self.in_epoch)
+        self._count(result.sizes, result.lr_factor)
         if not self.probe.late:
             self._finish(self.step, self.samples, result, retries, waited, seconds)
             return
         self._pending.append((self.step, self.samples, result, retries, waited, seconds))
         self._read(LATE_STEPS if self.step_state.skip_on_device else 1)
+
+    def _count(self, sizes: list[int], lr_factor: float) -> None:
+        """Count a step that is whole."""
+        state = self.step_state
+        with self.interrupts.held():
+            self.in_epoch += state.samples - self.samples
+            self.step, self.samples = state.steps, state.samples
+            self.run.sizes.append(sizes, lr_factor)
+            if self.schedule is not None:
+                self.schedule.advance(self.in_epoch)
 
     def _read(self, late: int) -> None:
         """Take in what the device was asked, but for the newest `late` steps."""
@@ -115,6 +122,8 @@ class TrainState:
             self._judge_scale(step)
         else:
             self.run.final_loss = loss
+            self._epoch_loss[0] += loss * size
+            self._epoch_loss[1] += size
         self.emit(
             StepRecord(
                 step, samples, loss, seen.norm, result.lr, size, max(result.sizes),
@@ -125,10 +134,12 @@ class TrainState:
 
     def _learn_reduction(self) -> None:
         reduction = self.step_state.reduction
-        self._sums = reduction is not None and reduction.kind == "sum"
+        if reduction is None:  # the next step tells
+            return
+        self._sums = reduction.kind == "sum"
         if self._sums:
             self.sizing.summed()
-        if reduction is not None and reduction.note:
+        if reduction.note:
             self.emit(NoteRecord(reduction.note))
 
     def _steer(
@@ -176,12 +187,15 @@ class TrainState:
             self.probe.reset_peak()
         if result.peaks:
             allocated = max([allocated or 0, *(peak or 0 for peak in result.peaks)]) or None
+        self._note_peak(allocated, reserved)
+        return allocated, reserved
+
+    def _note_peak(self, allocated: int | None, reserved: int | None) -> None:
         run = self.run
         if allocated is not None:
             run.peak_allocated_bytes = max(run.peak_allocated_bytes or 0, allocated)
         if reserved is not None:
             run.peak_reserved_bytes = max(run.peak_reserved_bytes or 0, reserved)
-        return allocated, reserved
 
     # -- what a person asks --
 
@@ -214,7 +228,7 @@ class TrainState:
 
     def begin_epoch(self, epoch: int) -> None:
         """Begin an epoch, counted from 0; the first one starts the clock."""
-        self.epoch, self.in_epoch = epoch, 0
+        self.epoch, self.in_epoch, self._epoch_loss = epoch, 0, [0.0, 0]
         if epoch == 0:
             self._begun = time.perf_counter()
             self.probe.reset_peak()
@@ -223,9 +237,11 @@ class TrainState:
         """Validate, advance the schedule, and return whether this was the last epoch."""
         metrics = None if val is None else self._validate(val)
         if self.schedule is not None:
-            self.schedule.end_epoch(
-                self.in_epoch, self.run.final_loss if metrics is None else metrics.get("loss")
-            )
+            if self.schedule.judges:
+                self._read(0)
+            total, n = self._epoch_loss
+            with self.interrupts.held():
+                self.schedule.end_epoch(self.in_epoch, total / n if n else None, metrics)
         if self._epochs is not None and self.epoch + 1 >= self._epochs:
             self.run.outcome = "finished"
             return True
@@ -236,6 +252,8 @@ class TrainState:
         with self.interrupts.interruptible():
             epoch = {"epoch": self.epoch + 1}
             metrics = epoch | evaluate(self.step_state, val) | epoch  # first, and never a mean
+        self._note_peak(*self.probe.peak())
+        self.probe.reset_peak()  # it is no step's
         taken = time.perf_counter() - start
         self._not_training += taken
         self.run.validation_seconds += taken
@@ -249,15 +267,17 @@ class TrainState:
         if val is not None and self.run.outcome == "finished" and self._validated < self.step:
             self._validate(val)
 
-    def close_books(self) -> None:
-        """Write down how the run ended; called while the exception that ended it passes."""
-        run, error = self.run, sys.exc_info()[1]
+    def close_books(self, error: BaseException | None) -> None:
+        """Write down how the run ended, by `error` where it is not None."""
+        run, state = self.run, self.step_state
+        if state.steps > self.step:  # interrupted between its last step and this
+            self._count(*state.newest)
         if isinstance(error, KeyboardInterrupt):
             run.outcome = "interrupted"
         elif error is not None:
             run.outcome, run.error = "failed", f"{type(error).__name__}: {error}"
             self._pending.clear()  # the device may not answer any more
-        run.steps, run.samples_seen = self.step_state.steps, self.step_state.samples
+        run.steps, run.samples_seen = state.steps, state.samples
         run.seconds = self._trained()
         self._read(0)
 

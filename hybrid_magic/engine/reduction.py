@@ -12,6 +12,7 @@ Hugging Face Transformers 4.46 `num_items_in_batch`.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -180,6 +181,8 @@ def settle(found: Reduction, pieces: Sequence[Any], sizes: Sequence[int], losses
         losses: the losses (floats) of the whole batch and of the two parts.
     """
     whole, *parts = losses
+    if not all(map(math.isfinite, losses)):
+        return found  # nothing can be told from it: another step is looked at
     for guess in (found, Reduction("mean", "a mean over samples"), Reduction("sum", "a sum")):
         factors = weights(guess, pieces, sizes)
         joined = sum(factor * part for factor, part in zip(factors, parts, strict=True))

@@ -21,25 +21,21 @@ from .prepare import modes_kept
 from .randomness import RandomState
 from .reduction import Reduction, check, settle
 from .step import StepState, backward, forward
+from .transaction import Own
 
 GAIN = 1.15  # a reduced precision must be this much faster than fp32 to be chosen by measurement
 
 
 @contextlib.contextmanager
 def leaving_no_trace(state: StepState) -> Iterator[None]:
-    """Put buffers, random state, gradients and precision back at the end."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in state.model.buffers()]
-    found, precision = RandomState(state.device.device), state.precision
+    """Put buffers, random state, gradients and precision back at the end: a step taken back."""
+    precision = state.precision
+    state.transaction.begin(state.steps, precision)
     try:
         yield
     finally:
         state.precision = precision
-        for param in state.params:
-            param.grad = None
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        found.put_back()
+        state.transaction.roll_back(state.steps)
 
 
 def _pass_seconds(state: StepState, batch: Any) -> float:
@@ -101,7 +97,8 @@ def _compared(state: StepState, batch: Any, name: str, rounds: int) -> tuple[str
 def settle_reduction(state: StepState, data: StepData, found: Reduction) -> Reduction:
     """Return how the loss is reduced, by computing it of a batch in one piece and in two.
 
-    In eval mode, in FP32 and without gradients, on a copy; modes and random state are put back.
+    In eval mode, in FP32 and without gradients, on a copy; modes, buffers and random state are put
+    back.
     `found` stays where no micro-batch of the first step can be cut.
     """
     n = max(data.sizes)
@@ -115,6 +112,8 @@ def settle_reduction(state: StepState, data: StepData, found: Reduction) -> Redu
         if batch is None:
             return found
     random, precision = RandomState(state.device.device), state.precision
+    own = Own(state.model, state.params)
+    own.take()
     state.precision = Precision("fp32", state.device.device)
     try:
         with modes_kept(state.model), torch.no_grad():
@@ -122,6 +121,7 @@ def settle_reduction(state: StepState, data: StepData, found: Reduction) -> Redu
             losses = [float(forward(state, _copy(state, piece))[0]) for piece in (batch, *pieces)]
     finally:
         state.precision = precision
+        own.put_back()
         random.put_back()
     return settle(found, pieces, sizes, losses)
 

@@ -36,7 +36,7 @@ def whole_step(
         data = recut(data, sizing.recut(sum(data.sizes))) or data
     retries = 0
     while True:
-        before = _versions(data.batches) if state.mover is None else []
+        before = _versions(data.batches)
         result, found = attempt(train_step, state, data, factor, measure_peaks=measure_peaks)
         if found is None:
             return result, retries
@@ -57,23 +57,23 @@ def _smaller(
         f"out of memory on {state.device.name} in step {step}, at a micro-batch of {size} "
         f"sample{'s' * (size > 1)} ({found})"
     )
-    if state.mover is None and _versions(data.batches) != before:
+    if _versions(data.batches) != before:
         raise HybridMagicError(
             f"{why}; wanted to start the step over, but it writes into its batch; let it write "
             "into a copy, e.g. x = x.clone()"
         )
     sizes = sizing.recut(sum(data.sizes))
-    if max(sizes) >= max(data.sizes):
-        raise HybridMagicError(
-            f"{why}; wanted room for the smallest micro-batch there can be; free the memory that "
-            "others hold (%hybrid_free), or use --precision bf16, shorter samples, activation "
-            "checkpointing, or an optimizer with less state"
-        )
     smaller = recut(data, sizes)
     if smaller is None:
         raise HybridMagicError(
             f"{why}; wanted to cut it smaller, and this batch cannot be cut between samples; make "
             "the loader's batch smaller"
+        )
+    if max(sizes) >= max(data.sizes):
+        raise HybridMagicError(
+            f"{why}; wanted room for the smallest micro-batch there can be; free the memory that "
+            "others hold (%hybrid_free), or use --precision bf16, shorter samples, activation "
+            "checkpointing, or an optimizer with less state"
         )
     return smaller
 
@@ -86,7 +86,9 @@ def recut(data: StepData, sizes: Sequence[int]) -> StepData | None:
     """
     if any(nested.count(batch) != n for batch, n in zip(data.batches, data.sizes, strict=True)):
         return None
-    batches, lengths, wanted = data.batches, data.sizes, list(sizes)
+    # a step that asked for the gradient of its input finds it as the loader made it
+    batches = [nested.map_leaves(batch, _detached) for batch in data.batches]
+    lengths, wanted = data.sizes, list(sizes)
     if not {*itertools.accumulate(lengths)} <= {*itertools.accumulate(wanted)}:
         whole = nested.joined(*batches)
         if whole is not None and nested.count(whole) == sum(sizes):
@@ -102,6 +104,10 @@ def recut(data: StepData, sizes: Sequence[int]) -> StepData | None:
             pieces.append(nested.rows(batch, start, start + size))
             start += size
     return StepData(pieces, wanted, data.probe and len(wanted) > 1)
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
 
 
 def _versions(batches: Sequence[Any]) -> list[int]:

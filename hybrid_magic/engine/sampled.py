@@ -74,12 +74,14 @@ class SampledFeed:
             deque()
         )  # (micro-batches of its step, samples, probe)
         self._plan: Planner | None = None
+        self._stream: Any = None
         self._pin = pin
         try:
             total = len(self._sampler)
             self.samples = total // self.base * self.base if self._drop_last else total
         except (TypeError, NotImplementedError):
             self.samples = None
+        self.batches = None if self.samples is None else -(-self.samples // self.base)
         workers = loader.num_workers if workers is None else workers
         self._tensors = _plain_tensors(loader) if workers == 0 else None
         self._workers = workers
@@ -101,6 +103,7 @@ class SampledFeed:
     def epoch(self, planner: Planner) -> Iterator[StepData]:
         self._plan, self._issued = planner, deque()
         stream = self._indexed() if self._tensors is not None else iter(self._loader)
+        self._stream = stream
         batches: list[Any] = []
         sizes: list[int] = []
         left, probe = 0, False
@@ -117,6 +120,7 @@ class SampledFeed:
                     batches, sizes = [], []
             if batches:
                 yield StepData(batches, sizes, probe)
+            self._stream = None
         finally:
             if not self._loader.persistent_workers:
                 del stream  # its worker processes end with it
@@ -128,22 +132,24 @@ class SampledFeed:
             order = _whole(order, self.base)
         left, planner, issued = self.samples, self._plan, self._issued
         assert planner is not None
+        head: list[int] = []
         while True:
+            if left is None:  # no step is planned that there is no sample for
+                head = list(itertools.islice(order, 1))
+                if not head:
+                    return
             plan = planner(left)
             count, probe = len(plan.sizes), plan.probe
             for size in plan.sizes:
-                taken = list(itertools.islice(order, size))
+                taken = [*head, *itertools.islice(order, size - len(head))]
+                head = []
                 if not taken:
                     return
                 issued.append((count, len(taken), probe))
                 yield taken
             if left is not None:
                 left -= sum(plan.sizes)
-                if left <= 0:  # a sampler may hold more than it says
-                    more = next(order, None)
-                    if more is None:
-                        return
-                    order, left = itertools.chain([more], order), None
+                left = left if left > 0 else None  # a sampler may hold more than it says
 
     def _indexed(self) -> Iterator[Any]:
         """Yield what the loader would, by indexing whole tensors: the same values, far cheaper."""
@@ -157,11 +163,18 @@ class SampledFeed:
             batch = [tensor[at] for tensor in tensors]
             yield [tensor.pin_memory() for tensor in batch] if self._pin else batch
 
+    def ended(self, samples: int, *, over: bool = False) -> int:
+        over = over or samples == self.samples  # the last batch may be short
+        return -(-samples // self.base) if over else samples // self.base
+
     def close(self) -> None:
-        iterator = getattr(self._loader, "_iterator", None)
-        if iterator is not None and self._workers:
-            iterator._shutdown_workers()
-        self._loader._iterator = None
+        iterators: list[Any] = [self._loader._iterator, self._stream]
+        for iterator in iterators:
+            if hasattr(iterator, "_shutdown_workers"):
+                iterator._shutdown_workers()
+                for worker in iterator._workers:
+                    worker.join(5)  # where another one died they are ended, and not waited for
+        self._loader._iterator = self._stream = None
 
 
 class _Cut(Sampler[list[int]]):

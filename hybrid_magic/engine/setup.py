@@ -26,7 +26,7 @@ from .data import StepData
 from .device import DeviceProbe
 from .gradients import NoiseProbe, family
 from .nested import count, rows
-from .optimizer_state import make_up_front
+from .optimizer_state import make_up_front, remove_unused
 from .precision import Precision
 from .prefetch import mover_for
 from .prepare import use_fast_formats
@@ -161,19 +161,19 @@ def open_state(
         settle=rehearse.settle_reduction,
         transaction=Transaction(task.model, optimizer, params, probe.device),
     )
+    made: list[torch.Tensor] = []
+    undo.push(lambda: remove_unused(optimizer, made))
     undo.push(lambda: ready.transaction.roll_back(ready.steps))
     state.step_state = ready
-    undo.push(state.close_books)
+    undo.push(lambda: state.close_books(undo.error))
     runs.last_run = state.run  # from here on the person's own code is called
     with state.interrupts.interruptible():
         ready.precision, reason = _choose_precision(ready, config, first)
     if use_fast_formats(undo, task.model, ready.precision, probe.device):
         ready.mover = mover_for(probe.device, channels_last=True)
-    make_up_front(undo, optimizer)
-    ready.skip_on_device = probe.late and all(
-        group.get("fused") for group in optimizer.param_groups
-    )
-    state.schedule = _schedule(task, config)
+    make_up_front(optimizer, made)
+    _let_skip_on_device(ready)
+    state.schedule = _schedule(task, config, state)
     state.emit(_start(task, config, probe, optimizer, ready.precision.name, state.sizing.settings))
     for note in task.notes:
         state.emit(NoteRecord(note))
@@ -182,15 +182,27 @@ def open_state(
     _measure_sizes(ready, state, first)
 
 
-def _schedule(task: Task, config: TrainConfig) -> ScheduleClock | None:
+def _let_skip_on_device(ready: StepState) -> None:
+    """Have a device that works ahead decide by itself whether to skip, where its optimizer can.
+
+    Not before momentum was made: that of a first step that is skipped is no number.
+    """
+    groups = ready.optimizer.param_groups
+    ready.may_skip_on_device = ready.device.late and all(group.get("fused") for group in groups)
+    lazy = any(group.get("momentum") for group in groups)
+    ready.skip_on_device = ready.may_skip_on_device and not lazy
+
+
+def _schedule(task: Task, config: TrainConfig, state: TrainState) -> ScheduleClock | None:
     """Return the clock of the person's scheduler, None without one; say what it counts."""
     if task.scheduler is None:
         return None
-    batches = None if task.feed.samples is None else -(-task.feed.samples // task.feed.base)
-    schedule = ScheduleClock(task.scheduler, task.feed.base, batches, config.epochs)
-    if config.steps is None and config.minutes is None:
-        schedule.check(config.epochs or 1)
-    task.notes.append(f"scheduler: one step per {schedule.per} ({schedule.why})")
+    schedule = ScheduleClock(
+        task.scheduler, task.feed, config.epochs, config.steps, lambda s: state.emit(NoteRecord(s))
+    )
+    other_end = config.steps is not None or config.minutes is not None
+    schedule.check(None if other_end else config.passes, task.val is not None)
+    task.notes.append(schedule.note)
     return schedule
 
 
@@ -219,6 +231,8 @@ def _measure_sizes(ready: StepState, state: TrainState, first: StepData) -> None
     BatchNorm learns; on a device whose memory is the limit the sizes are therefore rehearsed.
     """
     if not ready.batch_statistics or not ready.device.late or len(first.sizes) != 1:
+        return
+    if state.sizing.replaying:
         return
     size, batch = first.sizes[0], first.batches[0]
     if count(batch) != size or size < 16:

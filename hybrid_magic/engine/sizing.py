@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ..policy import steering
 from ..records import NoteRecord, Record
 from ..sizes import StepSizes
+from .data import Plan, Recorded
 
 
 class Sizing:
@@ -27,18 +28,25 @@ class Sizing:
         self._planned: Iterator[tuple[tuple[int, ...], float]] = iter(replay or ())
         self._factors = iter(replay or ())
         self.tight = False  # a size ran out of memory
-        self._replayed = 0 if replay is None else len(replay)
-        self.pinned = replay is not None or (
+        self._replayed = 0 if replay is None else len(replay)  # 0: also when it is over
+        self._passed_over = False  # something that was asked for by hand
+        self._settled = (
             settings.batch != "adaptive"
             and (settings.micro or settings.accum) is not None
             and settings.warmup in ("auto", 0)
         )
+        self.pinned = self.replaying or self._settled
 
-    def plan(self, remaining: int | None) -> steering.StepPlan:
+    @property
+    def replaying(self) -> bool:
+        """Whether the next step repeats a recorded one."""
+        return self._replayed > 0
+
+    def plan(self, remaining: int | None) -> Plan:
         """Plan the next step, with `remaining` samples left in the epoch (None: unknown)."""
         again = next(self._planned, None)
         if again is not None:
-            return steering.StepPlan(_at_most(again[0], remaining))
+            return Recorded(_fitted(again[0], remaining, pairs=self.settings.batch_statistics))
         plan, self._state = steering.plan(self._state, remaining)
         return plan
 
@@ -52,7 +60,7 @@ class Sizing:
             if again is not None:
                 return again[1]
             self._emit(NoteRecord(f"replayed all {self._replayed} steps; the next are as asked"))
-            self._replayed = 0
+            self._replayed, self.pinned = 0, self._settled
         planned = max(self._state.batch, self.settings.base)
         return steering.lr_factor(self._state, min(size, planned))
 
@@ -71,7 +79,13 @@ class Sizing:
         self._tell(changes)
 
     def by_hand(self, name: str, value: float | None, step: int) -> None:
-        """Have the policy follow a setting, or "grow" or "shrink"."""
+        """Have the policy follow a setting, or "grow" or "shrink"; not while a run is replayed."""
+        if self._replayed:
+            if not self._passed_over:
+                self._emit(NoteRecord(f"{name} is passed over: a replay repeats recorded sizes"))
+            self._passed_over = True
+            return
+        self.pinned = False  # a ramp may have to be followed, or a size be chosen again
         self._state, changes = steering.apply(self._state, name, value, step)
         self._tell(changes)
 
@@ -102,12 +116,23 @@ class Sizing:
     def _tell(self, changes: steering.Changes) -> None:
         for change in changes:
             self._emit(change)
+            self.tight |= change.what == "micro"  # what is planned already may be too large now
 
 
-def _at_most(sizes: tuple[int, ...], remaining: int | None) -> tuple[int, ...]:
-    """Return `sizes` cut off after `remaining` samples."""
-    if remaining is None or sum(sizes) <= remaining:
+def _fitted(sizes: tuple[int, ...], remaining: int | None, *, pairs: bool) -> tuple[int, ...]:
+    """Return recorded `sizes` cut off after `remaining` samples, for data that has fewer.
+
+    Where batch statistics want `pairs`, no sample is cut off alone or left for the next step.
+    """
+    n = total = sum(sizes)
+    if remaining is not None:
+        n = min(total, remaining)
+        n -= pairs and remaining == n + 1 and n > 2
+    if n == total:
         return sizes
     ends = itertools.accumulate(sizes)
-    kept = [size - max(0, end - remaining) for size, end in zip(sizes, ends, strict=True)]
-    return tuple(size for size in kept if size > 0)
+    cut = [size - max(0, end - n) for size, end in zip(sizes, ends, strict=True)]
+    kept = [size for size in cut if size > 0]
+    if pairs and kept[-1] == 1 and len(kept) > 1:
+        kept[-2:] = [kept[-2] - 1, 2] if kept[-2] > 2 else [kept[-2] + 1]
+    return tuple(kept)

@@ -8,6 +8,7 @@ Knows no policy, no loader and no record.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,8 @@ Compute = Callable[[Any, Any], Any]  # (model, batch) -> loss, or (loss, {"name"
 class StepState:
     """All that a step works on; lives as long as the run.
 
-    `steps` and `samples` count what is whole, `running` is the size of the micro-batch in hand.
+    `steps` and `samples` count what is whole, `running` is the size of the micro-batch in hand,
+    `newest` the sizes and the learning-rate factor of the last step.
     """
 
     model: torch.nn.Module
@@ -50,8 +52,10 @@ class StepState:
     steps: int = 0
     samples: int = 0
     running: int = 0
+    newest: tuple[list[int], float] = field(default_factory=lambda: ([], 1.0))
     reduction: Reduction | None = None
     skip_on_device: bool = False
+    may_skip_on_device: bool = False  # from the first step that was taken on
     settle: Callable[[StepState, StepData, Reduction], Reduction] | None = None
     scales: dict[float, Tensor] = field(default_factory=dict)
 
@@ -89,6 +93,7 @@ def train_step(
         Whatever the person's own step raises, and HybridMagicError when it returns no loss.
     """
     mark, marks = state.device.mark, []
+    state.running = max(data.sizes)
     state.transaction.begin(state.steps, state.precision)
     probing = (data.probe or state.noise.waits) and state.noise.begin(state.steps)
     paired = probing and (state.batch_statistics or len(data.batches) == 1)
@@ -116,8 +121,7 @@ def train_step(
         else:
             loss, extra = forward(state, moved)
         marks.append(mark())
-        weight = weights[number]
-        if weight != 0.0:  # where no target counts the mean is 0/0, and its part of the step is 0
+        if (weight := weights[number]) != 0.0:  # without a target that counts the mean is 0/0
             backward(state, loss, weight)
             losses[number] = loss.detach()
         if extra:
@@ -130,10 +134,10 @@ def train_step(
     marks.append(mark())
     result = _apply(state, data, list(losses.values()), logged, kept, paired, lr_factor)
     marks.append(mark())
+    result.marks, result.peaks, result.weights = marks, peaks, [weights[n] for n in losses]
+    state.newest = data.sizes, lr_factor
     state.steps, state.samples = state.steps + 1, state.samples + sum(data.sizes)  # it is whole
     state.transaction.close()
-    result.weights = [weights[number] for number in losses]
-    result.marks, result.peaks = marks, peaks
     return result
 
 
@@ -209,6 +213,7 @@ def _apply(
     lr_factor: float,
 ) -> StepResult:
     """Take the optimizer step unless a gradient is not finite; clear the gradients."""
+    state.running = max(data.sizes)  # what is left of the step is no micro-batch's
     optimizer: Any = state.optimizer
     scaler = state.precision.scaler
     if scaler is not None:
@@ -222,19 +227,13 @@ def _apply(
     norms = gradient_norms(grads)
     measured: list[Tensor] = []
     noise = None
-    if paired:
-        pair = state.noise.pair(sum(data.sizes))
-        if pair is not None:
-            measured, noise = list(pair), "pair"
-    elif kept:
-        factor: float | Tensor = 1.0 / kept
-        if scaler is not None:  # what was kept is scaled
-            factor = factor / scaler.scale(torch.ones((), device=grads[0].device))
-        measured, noise = list(state.noise.cut(factor)), "cut"
+    if paired or kept:
+        measured, noise = _measured(state, sum(data.sizes), kept, paired)
     judged = len(losses) + len(norms)  # what must be finite
     told = _stack([*losses, *norms, *measured, *logged.values()])
     values = state.device.fetch(told)
     skipped: bool | None = None
+    read: list[float] = []
     if not state.skip_on_device:
         read = values()
         check = sum(read[:judged])
@@ -242,15 +241,17 @@ def _apply(
         values = read.copy
     state.transaction.hold()
     if skipped:
-        _keep_statistics(state, told[: len(losses)])
+        if not math.isfinite(sum(read[: len(losses)])):  # a NaN in statistics would stay for ever
+            state.transaction.keep_buffers()
     else:
         if state.clip is not None:
             norm = torch.linalg.vector_norm(torch.stack(norms))
             torch._foreach_mul_(grads, (state.clip / (norm + 1e-6)).clamp(max=1.0))
         if state.skip_on_device:
             optimizer.found_inf = (~torch.isfinite(told[:judged]).all()).float()
-            _keep_statistics(state, told[: len(losses)])
+            state.transaction.keep_buffers(~torch.isfinite(told[: len(losses)]).all())
         _optimizer_step(optimizer, lr_factor)
+        state.skip_on_device |= state.may_skip_on_device
     if scaler is not None:
         scaler.update()
     lr = float(optimizer.param_groups[0]["lr"]) * lr_factor
@@ -261,13 +262,19 @@ def _apply(
     )
 
 
-def _keep_statistics(state: StepState, losses: Tensor) -> None:
-    """Where a loss is not finite, leave BatchNorm's statistics as they were before the step.
-
-    Decided on the device, so that nothing is read; a NaN in them would stay for ever.
-    """
-    if state.batch_statistics:
-        state.transaction.keep_buffers(~torch.isfinite(losses).all())
+def _measured(
+    state: StepState, size: int, kept: float, paired: bool
+) -> tuple[list[Tensor], str | None]:
+    """Return the norms of a noise measurement, and of which kind they are; none on the first step
+    of a pair."""
+    if paired:
+        pair = state.noise.pair(size)
+        return ([], None) if pair is None else (list(pair), "pair")
+    factor: float | Tensor = 1.0 / kept
+    if state.precision.scaler is not None:  # what was kept is scaled
+        one = torch.ones((), device=state.device.device)
+        factor = factor / state.precision.scaler.scale(one)
+    return list(state.noise.cut(factor)), "cut"
 
 
 def _optimizer_step(optimizer: torch.optim.Optimizer, lr_factor: float) -> None:

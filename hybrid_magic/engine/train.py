@@ -113,7 +113,8 @@ def _train(
     undo, interrupts = Undo(), Interrupts()
     try:
         try:
-            with random_state_kept_on_error():
+            interrupts.catch(undo)
+            with interrupts.interruptible(), random_state_kept_on_error():
                 if config.seed is not None:
                     seed_everything(config.seed)
                 task = describe(model, loader, step, config, names=names, **given)
@@ -123,10 +124,8 @@ def _train(
                 run = Run(config=config.as_json(), environment=environment(probe))
                 optimizer = make_optimizer(task, config, probe)
                 limits = settings_for(task, config, probe, optimizer)
-                sizes = None if replay is None else replay.sizes
-                state = TrainState(run, sink, control, interrupts, config, probe, limits, sizes)
+                state = TrainState(run, sink, control, interrupts, config, probe, limits, replay)
                 stream, first = _first_step(task, state)
-            interrupts.catch(undo)
             prepare(undo, model, optimizer, task.criterion, probe.device)
             open_state(task, config, probe, optimizer, state, first, undo)
             _loop(task, state, itertools.chain([first], stream))

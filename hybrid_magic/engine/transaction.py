@@ -18,8 +18,6 @@ from .device import is_out_of_memory
 from .precision import Precision
 from .randomness import StepRandom
 
-_TENSORS = (Tensor, nn.Parameter)
-
 
 class Transaction:
     """One for a run; `number` is the step that is open, None while none is."""
@@ -37,9 +35,7 @@ class Transaction:
         self._optimizer, self._params = optimizer, params
         self._random = StepRandom(device)
         self._model = model
-        self._own: _Own | None = (
-            None  # made by the first step: devices and formats are settled then
-        )
+        self._own: Own | None = None  # made by the first step: devices and formats are settled then
         self._stepped = Held()
         self._holding = False
         self._states: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
@@ -51,7 +47,7 @@ class Transaction:
         self._precision = precision
         self._random.take(number)
         if self._own is None:
-            self._own = _Own(self._model, self._params)
+            self._own = Own(self._model, self._params)
         self._own.take()
         self._holding = False
         self.number = number
@@ -64,18 +60,18 @@ class Transaction:
         self._states = list(zip(states, states.values(), map(dict, states.values()), strict=True))
         tensors = list(self._params)
         for _, _, found in self._states:
-            tensors += found.values()
-        self._stepped.take([value for value in tensors if type(value) in _TENSORS])
+            tensors += [value for value in found.values() if isinstance(value, Tensor)]
+        self._stepped.take(tensors)
         scaler: Any = precision.scaler
         if scaler is not None and scaler._scale is not None:
             self._scale = [scaler._scale.clone(), scaler._growth_tracker.clone()]
         self._holding = True
 
-    def keep_buffers(self, where: Tensor) -> None:
-        """Give buffers the values of the step's start if the 0-dim bool tensor `where` is true."""
+    def keep_buffers(self, where: Tensor | None = None) -> None:
+        """Give buffers their values of the step's start, or only if the 0-dim `where` is true."""
         if self._own is not None:
             with torch.no_grad():
-                self._own.keep(where)
+                self._own.put_back() if where is None else self._own.keep(where)
 
     def close(self) -> None:
         """The step is whole: nothing of it can be taken back any more."""
@@ -201,42 +197,47 @@ def _flat_view(tensor: Tensor) -> Tensor | None:
     return None
 
 
-class _Own:
+class Own:
     """The tensors of a model that no optimizer steps: its buffers, and frozen weights.
 
     All are copied for every step, since what a step writes into cannot be seen (BatchNorm and
-    `.data` do not count versions). Frozen weights only up to twice what is trained: an averaged
-    teacher is as large as its student, a frozen backbone far larger, and no step changes it.
+    `.data` do not count versions); buffers may be replaced and registered by a step, too. Frozen
+    weights only up to twice what is trained: an averaged teacher is as large as its student, a
+    frozen backbone far larger, and no step changes it.
     """
 
     def __init__(self, model: nn.Module, stepped: Sequence[Tensor]) -> None:
         ids = set(map(id, stepped))
-        self._places: list[tuple[dict[str, Any], str]] = []
-        frozen: list[tuple[dict[str, Any], str]] = []
-        for module in model.modules():
-            for place, found in ((module._buffers, self._places), (module._parameters, frozen)):
-                for name, tensor in place.items():
-                    if tensor is not None and id(tensor) not in ids:
-                        ids.add(id(tensor))
-                        found.append((place, name))
-        if sum(place[name].numel() for place, name in frozen) <= 2 * sum(
-            param.numel() for param in stepped
-        ):
-            self._places += frozen
-        self._seen: list[Any] = []
+        self._places = [module._buffers for module in model.modules()]
+        self._frozen = [param for param in model.parameters() if id(param) not in ids]
+        if sum(map(Tensor.numel, self._frozen)) > 2 * sum(map(Tensor.numel, stepped)):
+            self._frozen = []
+        self._seen: list[dict[str, Tensor | None] | None] = []
         self._held = Held()
 
     def take(self) -> None:
-        if self._places:
-            self._seen = [place[name] for place, name in self._places]
-            self._held.take([tensor for tensor in self._seen if tensor is not None])
+        self._seen = [dict(place) if place else None for place in self._places]
+        tensors: list[Tensor | None] = list(self._frozen)
+        for found in self._seen:
+            if found:
+                tensors += found.values()
+        if tensors:
+            self._held.take([tensor for tensor in tensors if tensor is not None])
 
     def put_back(self) -> None:
-        if self._seen:
-            for (place, name), tensor in zip(self._places, self._seen, strict=True):
-                place[name] = tensor
-            self._held.put_back()
+        for place, found in zip(self._places, self._seen, strict=False):
+            if place or found:
+                place.clear()
+                place.update(found or {})
+        self._held.put_back()
 
     def keep(self, where: Tensor) -> None:
-        """Write back the values of the step's start if `where` is true."""
+        """Write back the values of the step's start if `where` is true; nothing without buffers."""
+        if not any(self._seen):
+            return
         self._held.put_back(where)
+        for place, found in zip(self._places, self._seen, strict=True):
+            for name, old in (found or {}).items():
+                new = place.get(name)
+                if new is not old and new is not None and old is not None:  # the step replaced it
+                    place[name] = torch.where(where, old, new)

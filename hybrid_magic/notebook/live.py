@@ -47,7 +47,7 @@ class View:
         self._text: TextLine | None = None
         self._handle: Any = None
         self._due = self._pump_due = float("inf")
-        self._usual_cost_s = 0.0
+        self._drawn = self._usual_cost_s = 0.0
         self._patience_ends = 0.0
         self._closed = False
 
@@ -96,13 +96,15 @@ class View:
             return
         began = time.perf_counter()
         try:
-            if self._pump is not None and now >= self._pump_due:
-                self._pump()
-                self._pump_due = self._pump.due
             if self._scene is not None and (
                 now >= self._due or len(self._pending) >= _MOST_PENDING
             ):
                 self._look(self._scene, now)
+            if self._pump is not None and now >= self._pump_due:
+                self._pump()
+                self._pump_due = self._pump.due
+                if self.control.mail:  # whoever asks is looking: show soon what came of it
+                    self._due = min(self._due, self._drawn + SOONEST_S)
         except Exception as error:  # noqa: BLE001 - see _failed
             self._failed(error)
         finally:
@@ -128,6 +130,7 @@ class View:
         self._usual_cost_s = (
             0.7 * self._usual_cost_s + 0.3 * cost_s if self._usual_cost_s else cost_s
         )
+        self._drawn = now
         self._due = now + max(least_s, min(LATEST_S, self._usual_cost_s / DRAW_SHARE))
 
     def _choose(self, now: float) -> None:

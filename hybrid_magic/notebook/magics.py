@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -16,9 +16,10 @@ from IPython.core.error import UsageError
 
 from .. import run as runs
 from ..errors import HybridMagicError
-from . import arguments
+from . import arguments, free
 
-MAGICS = ("hybrid_train",)
+MAGICS = ("hybrid_train", "hybrid_free")
+_TRAINING = ("hybrid_train",)  # take a model, a loader and options
 _ENDED = "the run ended at a whole step; hm.last_run holds it"
 _PACKAGE = os.path.join(pathlib.Path(__file__).parent.parent, "")
 
@@ -43,12 +44,18 @@ def register(shell: Any) -> None:
     hybrid_train.__doc__ = arguments.help_text("hybrid_train")
     shell.register_magic_function(hybrid_train, "line_cell")
 
+    def hybrid_free(line: str) -> None:
+        free.free(shell, line)
+
+    hybrid_free.__doc__ = free.HELP
+    shell.register_magic_function(hybrid_free, "line")
+
     def complete(_: Any, event: Any) -> list[str]:
         return arguments.complete(
             event.text_until_cursor.split("hybrid_train", 1)[-1], shell.user_ns
         )
 
-    for name in MAGICS:
+    for name in _TRAINING:
         shell.set_hook("complete_command", complete, str_key="%" + name)
         shell.set_hook("complete_command", complete, str_key="%%" + name)
     if _empty_cell_as_line not in shell.input_transformers_cleanup:
@@ -100,7 +107,7 @@ def train(shell: Any, line: str, cell: str | None) -> None:
     except HybridMagicError as error:
         mistake = str(error)
     except Exception as error:  # noqa: BLE001 - goes on, less our frames (a bare raise keeps them)
-        raise error.with_traceback(_theirs(error.__traceback__))  # noqa: B904
+        raise _theirs(error)  # noqa: B904
     finally:
         run = runs.last_run if runs.last_run is not before else None
         view.close(run if mistake is None or (run is not None and run.steps) else None)
@@ -125,9 +132,25 @@ def _or_one_line(work: Callable[[], Any]) -> Any:
     raise UsageError(message)
 
 
-def _theirs(traceback: TracebackType | None) -> TracebackType | None:
-    """Return the traceback from the first frame that is not ours, all of it when every frame is."""
-    entry = traceback
-    while entry is not None and entry.tb_frame.f_code.co_filename.startswith(_PACKAGE):
-        entry = entry.tb_next
-    return entry or traceback
+def _theirs(error: BaseException) -> BaseException:
+    """Return `error`, its tracebacks and those of the errors before it without our own frames."""
+    each, seen = error, set[int]()
+    while each is not None and id(each) not in seen:
+        seen.add(id(each))
+        entries = list(_entries(each.__traceback__))
+        theirs = [entry for entry in entries if not _is_ours(entry)] or entries
+        for entry, following in zip(theirs, [*theirs[1:], None], strict=True):
+            entry.tb_next = following
+        each.__traceback__ = theirs[0] if theirs else None
+        each = each.__cause__ or each.__context__
+    return error
+
+
+def _entries(traceback: TracebackType | None) -> Iterator[TracebackType]:
+    while traceback is not None:
+        yield traceback
+        traceback = traceback.tb_next
+
+
+def _is_ours(entry: TracebackType) -> bool:
+    return entry.tb_frame.f_code.co_filename.startswith(_PACKAGE)

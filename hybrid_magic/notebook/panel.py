@@ -217,9 +217,12 @@ def _why_html(scene: Scene) -> str:
         said.append(
             f"<b>Validation</b>{f' after epoch {epoch:g}' if epoch else ''}: {escape(numbers)}"
         )
-    said += [escape(note) for note in scene.notes]
     lines = "".join(f"<div>{line}</div>" for line in said)
-    return f'<div role="status" style="line-height:1.5;margin-top:6px">{lines}</div>'
+    notes = "".join(f"<span>{escape(note)}</span>" for note in scene.notes)
+    return (
+        f'<div role="status" style="line-height:1.5;margin-top:6px">{lines}'
+        f'<div style="display:flex;flex-wrap:wrap;gap:0 20px;opacity:.75">{notes}</div></div>'
+    )
 
 
 def _tree(widget: Any) -> Iterator[Any]:

@@ -11,11 +11,12 @@ Knows no widget and no run.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -59,8 +60,7 @@ class Pump:
         else:  # ipykernel 7: a socket pair from the shell thread; the stream's own callback
             stream = channel.manager._shell_channel_to_main.to_stream
             self._replies = channel.manager.get_subshell_to_shell_channel_socket(None)
-            receive = stream._recv_callback
-            self._put_back = lambda frames: kernel.io_loop.add_callback(receive, frames)
+            self._put_back = _as_tasks(stream._recv_callback)
         if (
             threading.current_thread() is not main
             or getattr(channel, "parent_thread", main) is not main
@@ -146,6 +146,22 @@ class Pump:
             except StopIteration:
                 return
             result.close()
+
+
+def _as_tasks(receive: Callable[[Any], Coroutine[Any, Any, Any]]) -> Callable[[Any], None]:
+    """Return what has messages received after the cell, ahead of any that the loop reads then.
+
+    A callback of the loop would start a turn later, and the kernel's own "stop aborting", which it
+    sends itself when a cell fails, could overtake it: queued cells would run after an interrupt.
+    """
+    waiting: set[asyncio.Task[Any]] = set()  # a loop itself holds its tasks weakly
+
+    def put_back(frames: Any) -> None:
+        task = asyncio.get_running_loop().create_task(receive(frames))
+        waiting.add(task)
+        task.add_done_callback(waiting.discard)
+
+    return put_back
 
 
 @contextmanager

@@ -28,11 +28,13 @@ def rounded(size: int) -> int:
 
 
 def even(n: int, micro: int) -> int:
-    """Return the smallest rounded size that cuts `n` into no more pieces than `micro` does."""
+    """Return the smallest size that cuts `n` into no more pieces than `micro` does, above 16 a
+    multiple of 8 where that is not above `micro`."""
     if n <= micro:
         return n
     size = -(-n // -(-n // micro))
-    return min(micro, -(-size // 8) * 8) if size > 16 else size
+    eights = -(-size // 8) * 8
+    return eights if size > 16 and eights <= micro else size
 
 
 def shares(n: int, count: int) -> tuple[int, ...]:

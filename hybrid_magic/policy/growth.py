@@ -21,7 +21,7 @@ NORMS = 64  # gradient norms behind the running median
 FAR_ABOVE = 8.0  # times the median: a norm that says the step blew up
 OSCILLATION = 2.0  # times the stability threshold: the spread at which the batch is halved
 WORTH = 0.03  # least predicted gain in goodput
-LEAST_GROWTH = 1.1  # a smaller change of the batch is not worth new kernels
+LEAST_GROWTH = 1.06  # a smaller change of the batch is not worth new kernels
 SLACK = 1.5  # of the efficiency given up, before a grown batch shrinks again
 
 
@@ -39,8 +39,7 @@ class Standing:
     """Where the global batch stands and what bounds its next move.
 
     `factor` is the most it grows by, `least` the least efficiency of a grown batch, `may_grow`
-    false while the run is not stable; `fit` returns the largest batch up to a given one that can be
-    cut as the model needs.
+    false while the run is not stable; `fits` tells whether a batch can be cut as the model needs.
     """
 
     batch: int
@@ -49,7 +48,7 @@ class Standing:
     factor: float
     least: float
     may_grow: bool
-    fit: Callable[[int], int]
+    fits: Callable[[int], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +157,8 @@ def by_goodput(
     """Return the move of the goodput policy, None to stay: throughput(B) x efficiency(B), among the
     batches whose efficiency is at least `least`.
 
-    Growing is judged by the lower end of the noise scale; by its gain now, or at the furthest batch
-    that may be reached. Shrinking is judged by the middle, where clearly too much was lost.
+    Growing is judged by the lower end of the noise scale: to the best of the next batches, or on
+    the way to the furthest. Shrinking is judged by the middle, where clearly too much was lost.
 
     Args:
         seconds: predicted seconds of a step, None when not known: then one growth is tried.
@@ -168,43 +167,57 @@ def by_goodput(
     """
     lower = noise.noise_scale
     ceiling = min(now.max_batch, largest_efficient(now.base, lower, now.least))
-    wanted = _next(now, ceiling)
-    if wanted is None:
+    choices = _next(now, ceiling)
+    if not choices:
         return _back(now, noise)
     clause = f"noise scale {lower:.0f} samples"
-    present, then = seconds(now.batch), seconds(wanted)
-    if present is None or then is None:
-        return Move(wanted, f"{clause}, to learn what a larger step costs")
-    worth = _gain(now, wanted, lower, present, then)
-    if worth >= WORTH:
-        return Move(wanted, f"{clause}, +{100 * worth:.0f} % goodput")
-    far = now.fit(rounded(int(ceiling)))
-    at_far = seconds(far) if far > wanted else None
+    present = seconds(now.batch)
+    taken = {batch: found for batch in choices if (found := seconds(batch)) is not None}
+    if present is None or not taken:
+        return Move(choices[-1], f"{clause}, to learn what a larger step costs")
+    gains = {batch: _gain(now, batch, lower, present, then) for batch, then in taken.items()}
+    wanted = max(gains, key=lambda batch: gains[batch])
+    if gains[wanted] >= WORTH:
+        return Move(wanted, f"{clause}, +{100 * gains[wanted]:.0f} % goodput")
+    far = rounded(int(ceiling))
+    at_far = seconds(far) if far > wanted and now.fits(far) else None
     further = 0.0 if at_far is None else _gain(now, far, lower, present, at_far)
-    if worth > 0 and further >= WORTH:
+    if gains[wanted] > 0 and further >= WORTH:
         return Move(wanted, f"{clause}, +{100 * further:.0f} % goodput on the way to {far}")
     return None
 
 
-def by_stability(now: Standing, noise: NoiseEstimate | None, swing: float) -> Move | None:
+def by_stability(
+    now: Standing,
+    noise: NoiseEstimate | None,
+    seconds: Callable[[int], float | None],
+    swing: float,
+) -> Move | None:
     """Return the move of the paper's rule, None to stay: grow by the factor once the loss has been
-    stable for `SPACING` steps (accumulation keeps memory below the mark). `least` bounds the
-    efficiency here too; 0 leaves the rule alone."""
+    stable for `SPACING` steps, though not to a batch that memory would cut into slower pieces.
+    `least` bounds the efficiency here too; 0 leaves the rule alone."""
     if noise is None and now.least > 0:
         return None
     efficient = (
         math.inf if noise is None else largest_efficient(now.base, noise.noise_scale, now.least)
     )
-    wanted = _next(now, min(now.max_batch, efficient))
-    if wanted is not None:
+    present = seconds(now.batch)
+    for wanted in reversed(_next(now, min(now.max_batch, efficient))):
+        then = seconds(wanted)
+        if present is not None and then is not None and now.batch * then > wanted * present:
+            continue
         return Move(wanted, f"loss stable for {SPACING} steps, its spread {100 * swing:.0f} %")
     return None if noise is None else _back(now, noise)
 
 
-def _next(now: Standing, ceiling: float) -> int | None:
-    """Return the next larger batch that the rules and the model allow, if there is one."""
-    wanted = grown(now.batch, now.factor, ceiling) if now.may_grow else None
-    return None if wanted is None else grown(now.batch, now.factor, now.fit(wanted))
+def _next(now: Standing, ceiling: float) -> list[int]:
+    """Return the next larger batches that the rules and the model allow, ascending."""
+    most = grown(now.batch, now.factor, ceiling) if now.may_grow else None
+    if most is None:
+        return []
+    least = math.ceil(LEAST_GROWTH * now.batch)
+    sizes = sorted({rounded(size) for size in range(least, most + 1)})
+    return [size for size in sizes if size >= least and now.fits(size)]
 
 
 def _gain(now: Standing, batch: int, noise: float, present: float, then: float) -> float:
@@ -223,7 +236,7 @@ def _back(now: Standing, noise: NoiseEstimate) -> Move | None:
     if found >= 1 - SLACK * (1 - now.least):
         return None
     efficient = rounded(int(largest_efficient(now.base, noise.middle, now.least)))
-    wanted = max(now.base, math.ceil(now.batch / now.factor), efficient)
+    wanted = max(now.base, efficient)
     percent = f"efficiency {100 * found:.0f} %, wanted {100 * now.least:.0f} %"
     return (
         Move(wanted, f"noise scale {noise.middle:.0f} samples, {percent}")

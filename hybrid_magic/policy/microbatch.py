@@ -21,7 +21,7 @@ WORTH_SAVING = 0.02  # of the budget: less than one growth of the batch asks for
 # a process that computes on a CPU hardly moves at all
 CLEARLY = 3  # standard errors that a measured difference must exceed
 REACH = 4  # a size is never more than this many times the largest that was run
-MARGIN = 1.1  # on the part of a predicted peak that was never measured
+MARGIN = 1.03  # on the part of a predicted peak that was never measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +29,10 @@ class MicroState:
     """What is known about sizes. Bytes are device peaks while the size ran, the highest seen.
 
     `floor` is the smallest size wanted, `most` the largest possible, `current` the one in use,
-    `failed` the smallest that ran out of memory, `left` how often a size was left.
+    `failed` the smallest that ran out of memory, `proven` the largest below it that surely fits,
+    `left` how often a size was left.
     `early_peaks` were read before the optimizer had made its state: good for the slope, not for the
-    height. `saved` says that giving memory back was tried and was too slow.
+    height.
     """
 
     budget_bytes: int | None
@@ -39,11 +40,11 @@ class MicroState:
     most: int | None
     current: int
     failed: int | None = None
+    proven: int = 0
     timings: Mapping[int, Timing] = field(default_factory=dict[int, Timing])
     peaks: Mapping[int, int] = field(default_factory=dict[int, int])
     early_peaks: Mapping[int, int] = field(default_factory=dict[int, int])
     left: Mapping[int, int] = field(default_factory=dict[int, int])
-    saved: bool = False
 
 
 def init(
@@ -76,9 +77,14 @@ def stepped(state: MicroState) -> MicroState:
     return dataclasses.replace(state, early_peaks=state.peaks, peaks={})
 
 
-def failed(state: MicroState, size: int) -> MicroState:
-    """Return `state` with `size` ruled out, and everything above it."""
-    return dataclasses.replace(state, failed=min(size, state.failed or size))
+def failed(state: MicroState, size: int, *, error: bool) -> MicroState:
+    """Return `state` with `size` ruled out, and everything above it. An out-of-memory error
+    (`error`) at a size that had run says that others took memory: then no run proves anything."""
+    ran = state.timings.keys() | state.peaks.keys()
+    proven = 0 if error and size in ran else max((one for one in ran if one < size), default=0)
+    if state.failed is not None:
+        size, proven = min(size, state.failed), min(proven, state.proven)
+    return dataclasses.replace(state, failed=size, proven=proven)
 
 
 def rebudget(state: MicroState, budget_bytes: int | None) -> MicroState:
@@ -86,21 +92,19 @@ def rebudget(state: MicroState, budget_bytes: int | None) -> MicroState:
     old = state.budget_bytes
     grew = budget_bytes is None or (old is not None and budget_bytes > old)
     failed = None if grew else state.failed
-    return dataclasses.replace(state, budget_bytes=budget_bytes, failed=failed, saved=False)
+    return dataclasses.replace(state, budget_bytes=budget_bytes, failed=failed)
 
 
 def take(state: MicroState, size: int, *, same_limit: bool = True) -> MicroState:
     """Return `state` with `size` in use.
 
     Going back to a size that was left, for steps of the same limit, asks for twice the gain from
-    the second time on, so that two nearly equal sizes cannot take turns for ever; and memory that
-    was given back once in vain is not given back again.
+    the second time on, so that two nearly equal sizes cannot take turns for ever.
     """
     if not same_limit:
-        return dataclasses.replace(state, current=size, left={}, saved=False)
+        return dataclasses.replace(state, current=size, left={})
     left = {**state.left, state.current: state.left.get(state.current, 0) + 1}
-    saved = state.saved or (size > state.current and size in state.left)
-    return dataclasses.replace(state, current=size, left=left, saved=saved)
+    return dataclasses.replace(state, current=size, left=left)
 
 
 def choose(state: MicroState, limit: int) -> tuple[int, str]:
@@ -114,7 +118,7 @@ def choose(state: MicroState, limit: int) -> tuple[int, str]:
     wanted = _wanted(state, seconds)
     if current not in seconds:
         if wanted > current:
-            return wanted, f"batch statistics want micro-batches of at least {state.floor}"
+            return wanted, "batch statistics want the largest that fits"
         return wanted, _memory_clause(state)
     if wanted > current and current not in speed.sure and wanted not in state.left:
         return wanted, f"to measure it{peak_clause(state, wanted)}"
@@ -126,12 +130,13 @@ def choose(state: MicroState, limit: int) -> tuple[int, str]:
         if sure and gain > _enough(state, current, size):
             return size, f"+{100 * gain:.0f} % samples/s{peak_clause(state, size)}"
     known = len(state.timings[current].later) >= TIMES if current in state.timings else False
-    if wanted >= current or state.saved or not known:
+    if wanted >= current or not known:
         return current, "on the throughput plateau"
     smaller = min(size for size in sizes if size >= wanted and 2 * size >= current)  # by halves
-    if 3 * smaller > 2 * current or seconds[smaller] > (1 + SAME) * seconds[current]:
+    if state.left.get(smaller, 0) > 1:  # given back before, in vain
         return current, "on the throughput plateau"
-    if not _worth_saving(state, current, smaller):
+    slower = seconds[smaller] / seconds[current] - 1 + _error(state, current, smaller)
+    if 3 * smaller > 2 * current or slower > SAME or not _worth_saving(state, current, smaller):
         return current, "on the throughput plateau"
     return smaller, f"no slower, less memory{peak_clause(state, smaller)}"
 
@@ -164,8 +169,12 @@ def _enough(state: MicroState, current: int, size: int) -> float:
     enough = PLATEAU_GAIN * 2 ** max(0, state.left.get(size, 0) - 1)
     if size > current and size in state.left and _worth_saving(state, size, current):
         return enough
-    errors = [state.timings[one].error for one in (current, size) if one in state.timings]
-    return enough + CLEARLY * math.hypot(*errors)
+    return enough + CLEARLY * _error(state, current, size)
+
+
+def _error(state: MicroState, *sizes: int) -> float:
+    """Return the relative standard error of the ratio of two sizes' times, as far as measured."""
+    return math.hypot(*(state.timings[one].error for one in sizes if one in state.timings))
 
 
 def ceiling(state: MicroState) -> int:
@@ -175,13 +184,13 @@ def ceiling(state: MicroState) -> int:
     top = REACH * max(known) if known else state.current
     if state.most is not None:
         top = min(top, state.most)
-    if state.failed is not None:
-        good = max((size for size in known if size < state.failed), default=0)
-        top = min(top, max(good, state.failed // 2))
     peaks = state.peaks or state.early_peaks
-    if state.budget_bytes is None or not peaks:
-        return top
-    return min(top, _edge(state, peaks, state.budget_bytes))
+    edge = top
+    if state.budget_bytes is not None and peaks:
+        edge = _edge(state, peaks, state.budget_bytes)
+    if state.failed is not None and edge >= state.failed:  # against all prediction
+        edge = max(state.proven, state.failed // 2)
+    return min(top, edge)
 
 
 def predicted_peak(state: MicroState, size: int) -> int | None:
@@ -230,8 +239,7 @@ def _candidates(state: MicroState, limit: int) -> list[int]:
     top = min(ceiling(state), limit)
     if top < 1:
         return []
-    edge = top if top == limit else batch.rounded(top)
-    rungs = {*batch.ladder(top), edge, min(top, state.current)}
+    rungs = {*batch.ladder(top), batch.rounded(top), top, min(top, state.current)}
     sizes = sorted({batch.even(limit, rung) for rung in rungs})
     if state.floor < 2:
         return sizes
@@ -254,8 +262,9 @@ def _edge(state: MicroState, peaks: Mapping[int, int], budget_bytes: int) -> int
 
 
 def _retreat(state: MicroState, limit: int) -> int:
-    """Return half the present size, the floor of batch statistics giving way down to two."""
-    return max(min(2, state.floor, limit), min(state.current, limit) // 2, 1)
+    """Return half of what is too large, the floor of batch statistics giving way down to two."""
+    least = min(2, state.floor, limit)
+    return max(least, min(state.current, limit, state.failed or limit) // 2, 1)
 
 
 def _slope(state: MicroState, peaks: Mapping[int, int]) -> float:
@@ -276,9 +285,9 @@ def _step_seconds(speed: SpeedModel, limit: int, size: int) -> float:
 
 
 def _memory_clause(state: MicroState) -> str:
-    if state.failed is not None:
-        return f"{state.failed} ran out of memory"
     highest = max((state.peaks or state.early_peaks).values(), default=0)
+    if state.failed is not None and highest <= (state.budget_bytes or math.inf):
+        return f"{state.failed} ran out of memory"
     if state.budget_bytes is None:
         return "more does not fit"
     return f"memory, peak {highest / 2**30:.3g} of {state.budget_bytes / 2**30:.3g} GiB"

@@ -15,6 +15,7 @@ WINDOW = (
 )
 WARMUP = 24  # probes before there is an estimate
 BLOCKS = 8  # consecutive blocks that the standard errors are taken from
+CLEARLY = 3  # standard errors that show a fall: it is looked for hundreds of times in a run
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,28 @@ def update(
         (*state.spread[first:], sq_norm_small - sq_norm_large),
         (*state.spread_weight[first:], 1 / n_small - 1 / n_large),
     )
+
+
+def since_fall(state: NoiseState) -> NoiseState:
+    """Return `state` without the probes from before a fall of the noise scale, if there was one.
+
+    A rise is left to the window to follow: the luckiest of many looks at few probes would otherwise
+    make the batch grow.
+    """
+    if len(state.signal) < 2 * WARMUP:
+        return state
+    newest = NoiseState(
+        state.signal[-WARMUP:],
+        state.signal_weight[-WARMUP:],
+        state.spread[-WARMUP:],
+        state.spread_weight[-WARMUP:],
+    )
+    now, whole = estimate(newest), estimate(state)
+    if now is None or whole is None:
+        return state
+    most_variance = now.variance + CLEARLY * now.variance_error
+    least_grad_sq = now.grad_sq - CLEARLY * now.grad_sq_error
+    return newest if most_variance < whole.noise_scale * least_grad_sq else state
 
 
 def estimate(state: NoiseState) -> NoiseEstimate | None:

@@ -7,6 +7,7 @@ norms are judged in blocks.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from statistics import median
@@ -20,18 +21,24 @@ from .state import Changes, State
 
 TIME_ALL = 8  # steps timed after a change of sizes; of later ones every TIME_EVERY-th
 TIME_EVERY = 16
+PRESSED = 64  # steps within which the allocator's second retry at a size counts: the first may come
+# of an evaluation, or of a failure that was answered already
 LOOK_EVERY = 64  # steps between two looks at the micro-batch, in the long run
 
 
 def memory(state: State, facts: StepFacts) -> Changes:
-    """Take in a new highest peak or an allocator under pressure; shrink at once where too much."""
+    """Take in a new highest peak or an allocator under pressure, and shrink where too much."""
     size = max(facts.sizes)
     if facts.peak_bytes is not None and (state.stepped or facts.peaks is None):
         state.high_bytes = max(state.high_bytes, facts.peak_bytes)
         state.sizes = microbatch.update(state.sizes, size, None, facts.peak_bytes)
-    if facts.pressure and size > 1:
-        state.sizes = microbatch.failed(state.sizes, size)
-        return states.resize(state, facts.step)
+    if facts.pressure:
+        pressed, at = state.pressed
+        state.pressed = size, state.observed
+        again = pressed == size and state.observed - at <= PRESSED
+        if again and size > min(2, state.sizes.floor):
+            state.sizes = microbatch.failed(state.sizes, size, error=False)
+            return states.resize(state, facts.step)
     budget = state.sizes.budget_bytes
     over = budget is not None and facts.peak_bytes is not None and facts.peak_bytes > budget
     return states.resize(state, facts.step) if over and state.stepped else ()
@@ -123,6 +130,7 @@ def _judge(state: State, facts: StepFacts) -> Changes:
     state.norm_limit = growth.norm_limit(state.health)
     fresh = state.probed
     if fresh:
+        state.noise = noise.since_fall(state.noise)
         state.estimate, state.probed = noise.estimate(state.noise), False
         state.factor_batch = 0
     swing = growth.spread(state.health)
@@ -150,14 +158,13 @@ def _move(state: State, step: int, swing: float) -> Changes:
         factor=settings.growth_factor,
         least=settings.efficiency,
         may_grow=stable,
-        fit=lambda wanted: _cuttable(state, wanted),
+        fits=functools.partial(_cuttable, state),
     )
+    seconds = functools.partial(step_seconds, state)
     if settings.policy == "stability":
-        move = growth.by_stability(now, estimate, swing)
-    elif estimate is not None:
-        move = growth.by_goodput(now, estimate, lambda size: step_seconds(state, size))
+        move = growth.by_stability(now, estimate, seconds, swing)
     else:
-        move = None
+        move = None if estimate is None else growth.by_goodput(now, estimate, seconds)
     if move is None:
         return ()
     reason = f"{'grew' if move.batch > batch else 'shrank'} {batch} -> {move.batch}: {move.reason}"
@@ -177,10 +184,9 @@ def step_seconds(state: State, batch: int, sizes: tuple[int, ...] | None = None)
     return None if seconds is None else seconds + optimizer
 
 
-def _cuttable(state: State, batch: int) -> int:
-    """Return the largest batch up to `batch` that can be cut as the model needs: without batch
-    statistics any, with them only one whose micro-batches are not below the loader batch."""
-    floor, top = state.sizes.floor, max(state.micro, microbatch.ceiling(state.sizes))
-    if floor < 2 or batch <= top or batch // -(-batch // top) >= floor:
-        return batch
-    return max(top, state.batch)
+def _cuttable(state: State, batch: int) -> bool:
+    """Return whether `batch` can be cut as the model needs: without batch statistics any, with them
+    only one whose micro-batches are not below the loader batch, or what memory made of it."""
+    floor = min(state.sizes.floor, *state.whole.sizes)
+    top = max(state.micro, microbatch.ceiling(state.sizes))
+    return floor < 2 or batch // -(-batch // top) >= floor

@@ -44,6 +44,7 @@ class State:
     stepped: bool = False  # the optimizer has made its state
     changed_at: int = 0  # `observed` at the last change of the global batch
     cool_until: int = 0
+    pressed: tuple[int, int] = (0, 0)  # the size of the allocator's last retry, `observed` then
     high_bytes: int = 0  # highest peak at the present sizes
     optimizer: Timing | None = None
     probe: Timing | None = None  # the optimizer's part of a step that measured the noise
@@ -94,8 +95,9 @@ def first_step(settings: Settings, n: int) -> tuple[int, ...]:
     fit, or up to all of it where a huge step would become hundreds of micro-batches."""
     few = 3 if n > 4 else 1  # with 2, the fewest in one, that makes two sizes and so a line
     top = max(min(n, settings.base) // 4, min(n // 64, settings.base), few)
-    most = settings.micro_most or top
-    return cutting.rising(n, min(top, most), least=min(2, most) if settings.micro_most else 2)
+    most = settings.micro_most or top + 1
+    least = 2 if most > 2 or not settings.micro_most else 1  # one left over joins its neighbour
+    return cutting.rising(n, max(1, min(top, most + 1 - least)), least=least)
 
 
 def recut(state: State, n: int) -> tuple[int, ...]:
@@ -153,7 +155,7 @@ def resize(
     gives way to memory only."""
     before, batch, sizes = state.micro, state.batch, state.sizes
     wanted = pinned(state.settings, batch)
-    if wanted is not None and (sizes.failed is None or min(wanted, batch) < sizes.failed):
+    if wanted is not None and (sizes.failed is None or wanted < sizes.failed):
         after, why = wanted, "pinned"
     else:
         after, why = microbatch.choose(sizes, min(batch, limit or batch))

@@ -27,6 +27,7 @@ __all__ = [
     "StepFacts",
     "StepPlan",
     "apply",
+    "fits",
     "init",
     "lr_factor",
     "noise_scale",
@@ -40,7 +41,6 @@ __all__ = [
 
 PROBE_EVERY = 4  # steps, until the window of the noise scale is full
 PROBE_SELDOM = 8  # steps from then on, and while the cost of a probe is not known
-SETTLED = 200  # steps after which the batch has long stood still: half as many probes
 PROBE_LEAST = 64  # never more seldom than this
 PROBE_COST = 0.02  # most of the run's time that may go into probes
 REVIEW = 8  # probes between two looks at how they are made and how often
@@ -71,6 +71,16 @@ def recut(state: State, n: int) -> tuple[int, ...]:
     largest size is one that failed already, nothing smaller is left.
     """
     return states.recut(state, n)
+
+
+def fits(state: State, sizes: Iterable[int]) -> bool:
+    """Return whether `sizes` are below those that failed, and those above the present one within
+    the budget as far as they ran. A step planned before that was known has to be cut anew."""
+    known, largest = state.sizes, max(sizes)
+    if known.failed is not None and largest >= known.failed:
+        return False
+    peak, budget = known.peaks.get(largest), known.budget_bytes
+    return largest <= state.micro or peak is None or budget is None or peak <= budget
 
 
 def rehearsed(
@@ -135,7 +145,7 @@ def noise_scale(state: State) -> float | None:
 
 def oom(state: State, size: int, step: int) -> tuple[State, Changes]:
     """Return the state after a micro-batch of `size` ran out of memory, and what that changed."""
-    state.sizes = microbatch.failed(state.sizes, size)
+    state.sizes = microbatch.failed(state.sizes, size, error=True)
     return state, states.resize(state, step)
 
 
@@ -175,10 +185,7 @@ def _plan(state: State, remaining: int | None) -> StepPlan:
 def _steps_to_probe(state: State, extra: float | None) -> int:
     """Return the steps from a probe to the next one: as seldom as its cost asks for (`extra`, in
     steps; None: not known), and ever more seldom where the base batch could not grow for long."""
-    probes = len(state.noise.signal)
-    steps = PROBE_EVERY if probes < noise.WINDOW and extra is not None else PROBE_SELDOM
-    if probes >= noise.WINDOW and state.observed - state.changed_at > SETTLED:
-        steps *= 2
+    steps = PROBE_EVERY if extra is not None else PROBE_SELDOM
     if state.still >= STILL and state.batch == state.settings.base:
         steps *= 2 ** min(6, 1 + (state.still - STILL) // noise.WARMUP)
     return min(max(steps, math.ceil((extra or 0.0) / PROBE_COST)), PROBE_LEAST)

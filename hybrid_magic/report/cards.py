@@ -40,8 +40,8 @@ def cards(trace: Trace, start: StartRecord, changes: Iterable[BatchChangeRecord]
     else:  # as high as they will be, so that nothing below moves when they come
         each = [_card(title, "", "", ()) for title in ("Loss", "Memory", "Batch", "Step")]
     return (
-        '<div style="display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));'
-        'gap:12px 20px;line-height:1.4">' + "".join(each) + "</div>"
+        '<div style="display:grid;grid-template-columns:repeat(auto-fit,minmax(138px,1fr));'
+        'gap:10px 16px;line-height:1.4">' + "".join(each) + "</div>"
     )
 
 
@@ -85,9 +85,8 @@ def _card(title: str, now: str, drawing: str, key: Sequence[tuple[str, str]]) ->
         for colour, said in key
     )
     return (
-        '<div style="min-width:0">'
-        '<div style="display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 8px">'
-        f'<span style="opacity:.75">{name}</span><b>{number}</b></div>'
+        f'<div style="min-width:0"><div style="opacity:.75">{name}</div>'
+        f'<b style="display:block;min-height:1.4em;white-space:nowrap">{number}</b>'
         f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" preserveAspectRatio="none" role="img" '
         f'aria-label="{name}: {number}" style="display:block;width:100%;height:64px;'
         f'border-bottom:1px solid {FAINT}">{drawing}</svg>'
@@ -148,11 +147,12 @@ def _batch_card(
     micro = _staircase(buckets, micro_sizes)
     low = min(y for _, y in micro + whole) - 0.5
     high = max(y for _, y in whole + micro) + 0.5
-    marks = []
+    marks, marked = [], set()
     for made in changes:
         if made.step >= buckets[0].step:
             x = min(frame.x(made.step), WIDTH)
             colour = {"global": GREEN, "micro": ORANGE}.get(made.what, PURPLE)
+            marked.add(colour)
             marks.append(
                 f'<line x1="{x:.0f}" x2="{x:.0f}" y1="0" y2="{HEIGHT:.0f}" stroke="{colour}" '
                 f'stroke-dasharray="2 3" vector-effect="non-scaling-stroke">'
@@ -161,10 +161,12 @@ def _batch_card(
     drawing = (
         "".join(marks) + frame.line(micro, low, high, ORANGE) + frame.line(whole, low, high, BLUE)
     )
-    now = q.batch(sizes[-1], micro_sizes[-1], -(-sizes[-1] // max(1, micro_sizes[-1])))
-    key = [(BLUE, "global"), (ORANGE, "micro")] + [(GREEN, "decision"), (PURPLE, "yours")] * bool(
-        marks
-    )
+    pieces = -(-sizes[-1] // max(1, micro_sizes[-1]))
+    even = sizes[-1] == pieces * micro_sizes[-1]
+    now = q.batch(sizes[-1], micro_sizes[-1], pieces)
+    now = now if even else f"{q.count(sizes[-1])} in {q.count(pieces)} pieces"
+    key = [(BLUE, "global"), (ORANGE, "micro")]
+    key += [(GREEN, "decision")] * (GREEN in marked) + [(PURPLE, "yours")] * (PURPLE in marked)
     return _card("Batch", now, drawing, key)
 
 

@@ -83,6 +83,19 @@ def test_interrupts_amid_a_flood_of_messages_are_all_clean_and_the_kernel_lives(
     assert front_end.text("print('alive')") == "alive\n"
 
 
+def test_no_cell_that_was_queued_runs_after_an_interrupt(front_end, slider):
+    for _ in range(6):
+        running = front_end.send("train(30)")
+        queued = [front_end.send("order.append('queued')") for _ in range(3)]
+        time.sleep(0.5)  # they have been read, and put back
+        front_end.manager.interrupt_kernel()
+        front_end.until_idle(running)
+        found = front_end.replies([running, *queued])
+        assert [found[running], *(found[one] for one in queued)] == ["error"] + ["aborted"] * 3
+        time.sleep(0.2)  # the kernel aborts what was queued for a tenth of a second
+    assert front_end.text("print('queued' in order)") == "False\n"
+
+
 def test_a_callback_that_fails_prints_or_pumps_again_does_not_end_the_run(front_end, slider):
     front_end.run(
         "def bad(change):\n    Pump(every_s=0.0)()\n    print('called')\n    1 / 0\n"

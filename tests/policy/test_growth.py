@@ -33,7 +33,7 @@ def standing(batch, **changed):
         "factor": 1.5,
         "least": 0.9,
         "may_grow": True,
-        "fit": lambda wanted: wanted,
+        "fits": lambda wanted: True,
     }
     return growth.Standing(**{**values, **changed})
 
@@ -96,6 +96,10 @@ def test_growth_stays_within_its_factor_and_ceiling(batch, factor, ceiling):
         assert wanted <= 16 or wanted % 8 == 0
 
 
+def test_no_batch_is_a_dead_end_of_rounding():
+    assert all(growth.grown(batch, 1.5, 10_000) for batch in range(1, 400))
+
+
 def test_goodput_grows_with_a_reason_a_student_can_read():
     move = growth.by_goodput(standing(64), noise_of(512.0), flat)
     assert move is not None
@@ -111,7 +115,7 @@ def test_goodput_grows_with_a_reason_a_student_can_read():
         ("at the largest batch", {"max_batch": 64}, 5000.0, flat),
         ("efficiency would fall below the bound", {}, 300.0, flat),
         ("a step costs in proportion", {}, 5000.0, lambda batch: 1.0 * batch),
-        ("it cannot be cut as the model needs", {"fit": lambda wanted: 64}, 5000.0, flat),
+        ("it cannot be cut as the model needs", {"fits": lambda wanted: False}, 5000.0, flat),
     ],
 )
 def test_goodput_stays_when(why, changed, noise, seconds):
@@ -136,7 +140,7 @@ def test_a_batch_shrinks_when_its_efficiency_fell_clearly_below_the_bound_only()
     assert growth.by_goodput(standing(256), noise_of(500.0, middle=1300.0), flat) is None
     move = growth.by_goodput(standing(256), noise_of(100.0, middle=400.0), flat)
     assert move is not None
-    assert move.batch == 171
+    assert move.batch == 80  # the largest of efficiency 0.9
     assert "efficiency 66 %, wanted 90 %" in move.reason
     assert growth.by_goodput(standing(32), noise_of(0.0, middle=0.0), flat) is None
 
@@ -148,13 +152,31 @@ def test_zero_efficiency_leaves_it_to_goodput_alone():
 
 
 def test_stability_grows_by_the_factor_within_the_wanted_efficiency():
-    grown = growth.by_stability(standing(64), noise_of(5000.0), 0.1)
+    def move(now, noise):
+        return growth.by_stability(now, noise, flat, 0.1)
+
+    grown = move(standing(64), noise_of(5000.0))
     assert grown is not None
     assert grown.batch == 96
-    assert growth.by_stability(standing(64, may_grow=False), noise_of(5000.0), 0.9) is None
-    assert growth.by_stability(standing(64), noise_of(10.0, middle=2000.0), 0.1) is None
-    assert growth.by_stability(standing(64), None, 0.1) is None
-    assert growth.by_stability(standing(64, least=0.0), None, 0.1) is not None
+    assert move(standing(64, may_grow=False), noise_of(5000.0)) is None
+    assert move(standing(64), noise_of(10.0, middle=2000.0)) is None
+    assert move(standing(64), None) is None
+    assert move(standing(64, least=0.0), None) is not None
+
+
+def test_stability_does_not_grow_to_a_batch_that_memory_would_cut_into_slower_pieces():
+    pieces_of_80 = lambda batch: -(-batch // 80) * 10.0 + 0.001 * batch
+    move = growth.by_stability(standing(64), noise_of(5000.0), pieces_of_80, 0.1)
+    assert move is not None
+    assert move.batch == 80
+    assert growth.by_stability(standing(80), noise_of(5000.0), pieces_of_80, 0.1) is None
+
+
+def test_goodput_takes_the_best_of_the_next_batches_not_the_largest():
+    pieces_of_80 = lambda batch: -(-batch // 80) * 10.0 + 0.001 * batch
+    move = growth.by_goodput(standing(64), noise_of(5000.0), pieces_of_80)
+    assert move is not None
+    assert move.batch == 80
 
 
 def health(losses, norms=()):

@@ -7,9 +7,19 @@ import statistics
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from simulator import gradient, sq_norm
 
+from benchmarks import worlds
 from hybrid_magic.policy import noise_scale
+
+
+def gradient(noise, n, dims, rng):
+    """The mean gradient of n samples: |G|^2 = 1, trace of the per-sample covariance = noise."""
+    sigma, mean = (noise / dims / n) ** 0.5, dims**-0.5
+    return [rng.gauss(mean, sigma) for _ in range(dims)]
+
+
+def sq_norm(vector):
+    return sum(x * x for x in vector)
 
 
 def probe(state, rng, noise, n_small, n_large, dims=64):
@@ -70,6 +80,33 @@ def test_only_the_last_window_counts_so_the_estimate_follows_the_run():
     assert found is not None
     assert found.probes == noise_scale.WINDOW
     assert found.variance == pytest.approx(800, rel=0.2)
+
+
+def followed(noises, seed=0):
+    """The state after probes of gradients of these noise scales, and how often a fall was seen."""
+    rng, state, falls = random.Random(seed), noise_scale.init(), 0
+    for noise in noises:
+        large = worlds.sq_norm(noise / 128, 64, rng, mean=1.0)
+        apart = worlds.sq_norm(noise / 128, 64, rng)  # noise / 64 - noise / 128
+        state = noise_scale.update(state, large + apart, large, 64, 128)
+        kept = noise_scale.since_fall(state)
+        falls += kept is not state
+        state = kept
+    return state, falls
+
+
+def test_a_tenfold_fall_is_noticed_within_thirty_probes_and_what_was_before_forgotten():
+    for seed in range(5):
+        state, falls = followed([2000.0] * 96 + [200.0] * 30, seed)
+        found = noise_scale.estimate(state)
+        assert falls >= 1
+        assert found is not None
+        assert found.middle == pytest.approx(200, rel=0.75)  # two dozen probes spread by a quarter
+
+
+@pytest.mark.parametrize("noises", [[500.0] * 200, [200.0] * 96 + [2000.0] * 96])
+def test_neither_chance_nor_a_rise_is_taken_for_a_fall(noises):
+    assert sum(followed(noises, seed)[1] for seed in range(5)) == 0
 
 
 def test_a_negative_gradient_estimate_gives_a_finite_lower_end_and_no_middle():

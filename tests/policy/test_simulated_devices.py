@@ -4,29 +4,89 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulator import GIB, World, oracle_goodput, simulate, worlds
 
+from benchmarks import simulator
+from benchmarks.simulator import KINDS, POLICIES, worlds
+from benchmarks.worlds import GIB, World, simulate
 from hybrid_magic.policy import growth
 from hybrid_magic.policy.facts import Settings
 
 MIB = 2**20
-WORLDS = worlds(48)
+WORLDS = list(worlds("steady", 48))
+CALM = ("steady", "launch-bound", "plateau", "growing noise", "falling noise", "evaluation")
 
 
-def test_the_micro_batch_is_within_5_per_cent_of_the_best_after_30_steps_in_most_worlds():
-    shares, ooms = [], []
-    for seed, (world, asked) in enumerate(WORLDS):
-        trace = simulate(world, dataclasses.replace(asked, batch="fixed"), 60, seed=seed)
-        typical = statistics.median(trace.seconds[30:])
-        shares.append(world.best_step_s(asked.base, asked.budget_bytes) / typical)
-        ooms.append(trace.ooms)
-    assert sum(ooms) == 0
-    assert sum(share >= 0.95 for share in shares) >= 0.9 * len(shares)
-    assert min(shares) > 0.85
+@pytest.fixture(scope="module")
+def found():
+    """120 worlds, both policies, 240 steps: enough for sizes, not for the global batch."""
+    return simulator.run_all(12, 240, seed=7)
+
+
+def kept(found, kinds, question):
+    """The share of the runs of `kinds` of which `question` holds."""
+    runs = [one for (kind, _), results in found.items() if kind in kinds for one in results]
+    return sum(map(question, runs)) / len(runs)
+
+
+def check_sizes(found):
+    for (kind, policy), results in found.items():
+        ooms = [one.ooms for one in results]
+        if kind in CALM:
+            assert statistics.median(ooms) == 0, (kind, policy)
+            assert max(ooms) <= (1 if kind == "steady" else 2), (kind, policy)
+    assert kept(found, CALM, lambda one: one.ooms > 1) <= 0.01
+    assert kept(found, KINDS, lambda one: one.ended) == 0
+    assert kept(found, KINDS, lambda one: one.throughput >= simulator.FAST) > 0.95
+    assert kept(found, {"steady"}, lambda one: one.throughput >= simulator.FAST) > 0.97
+    assert kept(found, {"steady"}, lambda one: one.returns > 1) <= 0.01  # times that mislead
+    assert kept(found, KINDS, lambda one: one.changes > 40) < 0.02
+
+
+def test_few_failures_the_best_micro_batch_and_no_oscillation_in_worlds_of_every_kind(found):
+    check_sizes(found)
+
+
+def check_goodput(found, noisy):
+    good = lambda one: one.goodput >= simulator.GOOD
+    assert kept(found, {"steady"}, good) >= 0.9
+    for (kind, policy), results in found.items():
+        if kind in {"steady", *noisy}:  # the paper's rule grows where that gains nothing, too
+            middle = statistics.median(one.goodput for one in results)
+            assert middle >= (simulator.GOOD if policy == "goodput" else 0.85), (kind, policy)
+            assert min(one.goodput for one in results) > 0.5, (kind, policy)
+
+
+def test_goodput_is_close_to_that_of_one_who_knows_the_world():
+    kinds = ("steady", "growing noise", "falling noise")
+    check_goodput(simulator.run_all(8, 1200, 3, kinds), kinds[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_thousand_worlds_keep_the_promises_under_both_policies():
+    found = simulator.run_all(100, 1200, 5)
+    check_sizes(found)
+    check_goodput(found, ("growing noise", "falling noise"))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", ["neighbour", "fragmented", "no readings"])
+def test_a_size_that_failed_is_never_run_again_and_failures_end(kind, policy):
+    failed = 0
+    for seed, (world, asked) in enumerate(worlds(kind, 30, seed=11)):
+        trace = simulate(world, dataclasses.replace(asked, policy=policy), 300, seed=seed)
+        assert not trace.ended
+        sizes = [size for _, size in trace.failures]
+        assert all(2 * after <= before + 1 for before, after in pairwise(sizes[1:]))
+        for step, size in trace.failures:
+            assert max(max(ran) for ran in trace.sizes[step:]) < size
+        failed += bool(sizes)
+    assert failed >= (0 if kind == "fragmented" else 5)
 
 
 NOISY = World(
@@ -67,7 +127,7 @@ def test_memory_is_given_back_where_it_is_much_and_never_at_the_price_of_time():
     asked = Settings(base=128, batch="fixed", max_batch=128, budget_bytes=7 * GIB)
     trace = simulate(world, asked, 600)
     assert max(trace.sizes[-1]) <= 64
-    assert trace.rate(-100) > 0.95 * 128 / world.best_step_s(128, 7 * GIB)
+    assert trace.rate(-100) > 0.95 * 128 / world.step_s((128,))
 
 
 @pytest.mark.parametrize("most", [777, 3000, 20_000])
@@ -78,7 +138,7 @@ def test_a_huge_batch_finds_the_limit_of_memory_without_running_into_it(most):
     asked = Settings(base=64, batch=batch, max_batch=batch, budget_bytes=budget)
     trace = simulate(world, asked, 40)
     assert trace.ooms == 0
-    assert trace.rate(-5) > 0.93 * batch / world.best_step_s(batch, budget)
+    assert trace.rate(-5) > 0.93 * batch / world.best_step_s(batch, most)
 
 
 def test_a_device_that_cannot_tell_its_memory_costs_few_failures_and_does_not_oscillate():
@@ -98,21 +158,11 @@ def test_a_settled_run_leaves_no_records():
     assert quiet >= 20
 
 
-def test_goodput_is_close_to_that_of_one_who_knows_the_world():
-    shares = []
-    for seed, (world, asked) in enumerate(WORLDS[:24]):
-        trace = simulate(world, asked, 1200, seed=seed)
-        assert trace.ooms == 0
-        shares.append(trace.goodput / oracle_goodput(world, asked, 1200))
-    assert statistics.median(shares) >= 0.9
-    assert min(shares) > 0.8
-
-
 def test_the_batch_grows_with_the_noise_and_the_steps_fall():
     world = World(overhead_s=0.02, noise=300, noise_end=6000)
     trace = simulate(world, Settings(base=32, max_batch=512, budget_bytes=14 * GIB), 1500)
     assert trace.batches[-1] >= 4 * trace.batches[0]
-    assert trace.goodput > 1.5 * 32 / world.best_step_s(32, 14 * GIB)
+    assert trace.goodput > 1.5 * 32 / world.step_s((32,))
 
 
 def test_efficiency_1_keeps_the_base_batch():
@@ -127,6 +177,15 @@ def test_a_noise_scale_that_collapses_brings_the_batch_back(policy):
     trace = simulate(world, asked, 4000)
     assert max(trace.batches) > 64
     assert trace.batches[-1] <= 48
+
+
+@pytest.mark.parametrize("policy", ["goodput", "stability"])
+def test_a_batch_that_a_sudden_fall_of_the_noise_made_too_large_is_back_within_200_steps(policy):
+    world = World(overhead_s=0.02, noise=5000, noise_end=100, jump=0.5)
+    asked = Settings(base=32, max_batch=512, policy=policy, budget_bytes=14 * GIB)
+    trace = simulate(world, asked, 1600)
+    assert trace.batches[800] > 200
+    assert trace.batches[1000] <= 80  # 45 is the largest of efficiency 0.9
 
 
 def test_models_with_batch_statistics_grow_in_one_piece_never_below_the_loader_batch():

@@ -6,8 +6,8 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from simulator import GIB, World, simulate
 
+from benchmarks.worlds import GIB, World, simulate
 from hybrid_magic.policy import growth, steering
 from hybrid_magic.policy.facts import Settings, StepFacts
 
@@ -74,6 +74,14 @@ def test_plans_never_ask_for_more_than_is_left_nor_for_nothing(
                 assert max(plan.sizes) <= most
             left -= sum(plan.sizes)
             state, _ = steering.observe(state, facts(step, plan.sizes))
+
+
+@pytest.mark.parametrize(("n", "most"), [(3, 2), (13, 4), (1, 1), (9, 3)])
+def test_the_sample_left_over_in_a_first_step_never_makes_a_size_too_large(n, most):
+    state = steering.init(Settings(base=16, max_batch=16, micro_most=most))
+    sizes = steering.plan(state, n)[0].sizes
+    assert sum(sizes) == n
+    assert max(sizes) <= most
 
 
 def test_the_first_step_rises_and_the_steps_planned_ahead_stay_at_its_largest_size():
@@ -264,11 +272,16 @@ def test_memory_above_the_budget_shrinks_the_micro_batch_at_once():
     assert "9 of 8 GiB" in changes[0].reason
 
 
-def test_allocator_pressure_counts_as_running_out():
+def test_allocator_pressure_twice_in_short_counts_as_running_out():
     state, _ = run(steering.init(FIXED), 5)
     plan, state = steering.plan(state)
     before = state.micro
     state, changes = steering.observe(state, facts(5, plan.sizes, pressure=True))
+    assert (state.micro, changes) == (before, ())
+    state, changes = run(state, 100, 6)  # as after an evaluation
+    state, changes = steering.observe(state, facts(106, plan.sizes, pressure=True))
+    assert (state.micro, changes) == (before, ())
+    state, changes = steering.observe(state, facts(107, plan.sizes, pressure=True))
     assert state.micro < before
     assert len(changes) == 1
 
@@ -286,6 +299,90 @@ def test_running_out_of_memory_halves_until_nothing_smaller_is_left():
     state, changes = steering.oom(state, 1, 0)
     assert changes == ()
     assert max(steering.recut(state, 32)) == 1
+
+
+@given(
+    base=st.integers(1, 300),
+    batch=st.sampled_from(["adaptive", "fixed"]) | st.integers(1, 600),
+    accum=st.none() | st.integers(1, 9),
+    micro=st.none() | st.integers(1, 80),
+    norms=st.booleans(),
+    readings=st.booleans(),
+    steps=st.lists(st.tuples(st.integers(1, 700), st.integers(0, 4)), min_size=1, max_size=8),
+)
+def test_every_failure_gives_a_smaller_cut_of_the_same_samples_down_to_the_smallest(
+    base, batch, accum, micro, norms, readings, steps
+):
+    asked = Settings(
+        base=base,
+        max_batch=16 * base,
+        batch=batch,
+        accum=accum,
+        micro=micro,
+        budget_bytes=8 * GIB if readings else None,
+    )
+    state = steering.init(dataclasses.replace(asked, batch_statistics=norms))
+    _, state = steering.plan(state)
+    least = 3 if norms else 1  # an odd step has no smaller cut without a single sample in it
+    for step, (n, failures) in enumerate(steps):
+        sizes = steering.recut(state, n)
+        assert steering.fits(state, sizes) or max(sizes) <= least
+        for _ in range(failures):
+            state, _ = steering.oom(state, max(sizes), step)
+            smaller = steering.recut(state, n)
+            assert sum(smaller) == n
+            assert max(smaller) < max(sizes) or max(smaller) <= least
+            sizes = smaller
+        plan, state = steering.plan(state)
+        assert steering.fits(state, plan.sizes) or max(plan.sizes) <= least
+        peak = GIB + 2**20 * max(plan.sizes) if readings else None
+        state, _ = steering.observe(state, facts(step, plan.sizes, peak_bytes=peak))
+
+
+def test_a_pinned_size_that_failed_gives_way_for_steps_larger_than_the_batch_too():
+    state = steering.init(dataclasses.replace(FIXED, base=8, max_batch=8, micro=16))
+    state, _ = steering.oom(state, 16, 0)  # of a step planned before the batch shrank
+    assert max(steering.recut(state, 32)) < 16
+
+
+def test_sizes_fit_while_they_are_all_below_the_smallest_that_failed():
+    state = steering.init(FIXED)
+    assert steering.fits(state, (10**6,))
+    state, _ = steering.oom(state, 16, 0)
+    state, _ = steering.oom(state, 24, 0)  # planned before
+    assert steering.fits(state, (15, 1))
+    assert not steering.fits(state, (1, 16))
+
+
+def test_a_step_planned_before_its_size_was_found_above_the_budget_does_not_fit():
+    state, _ = run(steering.init(FIXED), 5)
+    before = state.micro
+    state, _ = steering.observe(state, facts(5, (before,), peak_bytes=9 * GIB))
+    assert state.micro < before
+    assert not steering.fits(state, (before,))
+    assert steering.fits(state, steering.recut(state, 32))
+
+
+@pytest.mark.parametrize(("norms", "least"), [(False, 1), (True, 2)])
+def test_what_fails_again_and_again_is_halved_down_to_the_smallest(norms, least):
+    state = steering.init(dataclasses.replace(FIXED, batch_statistics=norms))
+    state, _ = run(state, 20, micro_seconds=None)
+    seen, sizes = [], steering.recut(state, 32)
+    while not seen or max(sizes) < seen[-1]:
+        seen.append(max(sizes))
+        state, _ = steering.oom(state, seen[-1], 20)
+        sizes = steering.recut(state, 32)
+    assert max(sizes) == least == seen[-1]
+    assert len(seen) <= 6
+    assert not steering.fits(state, sizes)  # so the engine knows that nothing smaller is left
+
+
+def test_the_pressure_of_a_step_that_failed_is_not_held_against_the_size_it_then_ran_in():
+    state, _ = run(steering.init(FIXED), 5)
+    state, _ = steering.oom(state, state.micro, 5)
+    micro = state.micro
+    state, changes = steering.observe(state, facts(5, (micro,) * 4, pressure=True))
+    assert (state.micro, changes) == (micro, ())
 
 
 def test_batch_statistics_below_the_loader_batch_are_said():

@@ -1,0 +1,117 @@
+"""Make the README's pictures: the panel in the middle of a run, in JupyterLab, light and dark.
+
+    python -m notebooks.screenshots [--width 1000] [--folder notebooks]
+
+Trains the quickstart's network on its digits in a real front end (headless Chromium), does what a
+person does, and keeps the cell as a PNG when several decisions have been taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+from typing import Any
+
+from PIL import Image
+
+from tests.browser.front_end import QUIET, Notebook, served
+
+HERE = pathlib.Path(__file__).resolve().parent
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+SHARP = 2  # pixels of the picture for one of the page
+COLOURS = 128
+DECISIONS = 3  # before the one by hand
+SLOWEST_MS = 300_000
+
+READY = """
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+torch.manual_seed(2)
+digits = load_digits()
+x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
+train_loader = DataLoader(TensorDataset(x[:1408], y[:1408]), batch_size=16, shuffle=True)
+test_loader = DataLoader(TensorDataset(x[1408:], y[1408:]), batch_size=389)
+model = nn.Sequential(
+    nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.4), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
+)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+%load_ext hybrid_magic
+"""
+TRAIN = """
+%%hybrid_train --epochs 300 --val test_loader --log acc
+x, y = batch
+out = model(x)
+loss = F.cross_entropy(out, y)
+acc = (out.argmax(1) == y).float().mean()
+"""
+
+
+def picture(dark: bool, width: int) -> bytes:
+    """Return the training cell as PNG bytes: `width` is the page's, in CSS pixels."""
+    from playwright.sync_api import sync_playwright
+
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        raise SystemExit(f"no browser is installed; wanted one of {', '.join(BROWSERS)}")
+    programs = pathlib.Path(sys.executable).parent
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        served("lab", pathlib.Path(folder), programs, sys.executable, dark) as server,
+        sync_playwright() as player,
+    ):
+        browser = player.chromium.launch(executable_path=found, args=list(QUIET))
+        view: Any = {"width": width, "height": 1400}
+        page = browser.new_page(viewport=view, device_scale_factor=SHARP)
+        notebook = Notebook(page, server, server.write([READY, TRAIN]))
+        notebook.open()
+        notebook.run_all()
+        notebook.wait_for_training()
+        play(notebook)
+        drawn = notebook.cell(1).screenshot()
+        browser.close()
+    return drawn
+
+
+def play(notebook: Notebook) -> None:
+    """Wait for some decisions, take one by hand, and leave nothing of the hand in the picture."""
+    marks = "svg[aria-label^=Batch] line >> nth={}"
+    notebook.cell(1).locator(marks.format(DECISIONS - 1)).wait_for(state="attached", timeout=SLOWEST_MS)
+    notebook.type_value("Learning rate", "0.5")
+    notebook.cell(1).locator(marks.format(DECISIONS)).wait_for(state="attached", timeout=SLOWEST_MS)
+    notebook.page.mouse.move(0, 0)
+    notebook.page.evaluate("document.activeElement.blur()")
+    notebook.page.add_style_tag(content=".jp-cell-toolbar, .jp-Collapser { visibility: hidden; }")
+    notebook.wait_for_step_after(notebook.step() + 300)
+
+
+def small(drawn: bytes) -> bytes:
+    """Return the PNG in few colours: a third of the size, and no eye sees it."""
+    kept = io.BytesIO()
+    colours = Image.open(io.BytesIO(drawn)).convert("RGB")
+    colours.quantize(COLOURS, dither=Image.Dither.NONE).save(kept, format="png", optimize=True)
+    return kept.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--width", type=int, default=1000, help="of the page, in CSS pixels")
+    parser.add_argument("--folder", type=pathlib.Path, default=HERE)
+    arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a network this small gains nothing from two
+    for name, dark in (("light", False), ("dark", True)):
+        path = arguments.folder / f"panel_{name}.png"
+        path.write_bytes(small(picture(dark, arguments.width)))
+        print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
