@@ -28,7 +28,7 @@ compat: $(VENV)/.dev ## the notebook's tests on Colab's and Kaggle's older Jupyt
 	@$(RUN) -m nox -s '$(COMPAT)'
 
 browser: $(VENV)/.dev ## the panel in JupyterLab, Notebook 7 and the classic notebook, in Chromium
-	@$(foreach stack,$(BROWSER),$(RUN) -m nox -s '$(stack)' &&) true
+	@$(RUN) -m nox -s $(patsubst %,'%',$(BROWSER))
 
 lint: $(VENV)/.dev ## what CI checks besides the tests
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m pyright

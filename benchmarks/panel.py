@@ -36,7 +36,7 @@ PACKAGES = ("jupyterlab", "ipykernel", "ipywidgets", "IPython")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 Row = dict[str, Any]
 
-READY = f"""
+READY = """
 import hashlib, json, time, torch
 from torch.nn import functional as F
 from benchmarks.loops import WORKS
@@ -188,9 +188,10 @@ def page_of(rows: Sequence[Row], facts: Row) -> str:
 INTRODUCTION = """# What the panel costs
 
 The same training with the panel and with `--plain`, by turns, in one kernel; headless JupyterLab
-shows the notebook on the same machine, and a value is typed into the panel every ten seconds. Medians
-over turns with 95 % bootstrap intervals; ratios are formed within a turn. *Time of training* is
-`run.seconds`; the whole cell also opens the panel and leaves table and figure behind, once a run.
+shows the notebook on the same machine, and a value is typed into the panel every ten seconds.
+Medians over turns with 95 % bootstrap intervals; ratios are formed within a turn. *Time of
+training* is `run.seconds`; the whole cell also opens the panel and leaves table and figure behind,
+once a run.
 """
 
 

@@ -86,7 +86,8 @@ class Run:
     tensors needed (on a CPU: the process's peak resident set), `peak_reserved_bytes` what the
     allocator took. `metrics` is a dict a validation. `seconds` counts training, not validation,
     which is `validation_seconds`; what was shown meanwhile took `drawing_seconds` of them (None:
-    nothing was shown). `retries` is how often a step ran out of memory and started over. `sizes` are the micro-batch sizes of every step, for `replay=`.
+    nothing was shown). `retries` is how often a step ran out of memory and started over. `sizes`
+    are the micro-batch sizes of every step, for `replay=`.
     """
 
     config: dict[str, Any]

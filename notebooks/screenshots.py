@@ -9,7 +9,6 @@ person does, and keeps the cell as a PNG when several decisions have been taken.
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import pathlib
 import shutil
@@ -17,14 +16,11 @@ import sys
 import tempfile
 from typing import Any
 
-from PIL import Image
-
 from tests.browser.front_end import QUIET, Notebook, served
 
 HERE = pathlib.Path(__file__).resolve().parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SHARP = 2  # pixels of the picture for one of the page
-COLOURS = 128
 DECISIONS = 3  # before the one by hand
 SLOWEST_MS = 300_000
 
@@ -83,22 +79,14 @@ def picture(dark: bool, width: int) -> bytes:
 
 def play(notebook: Notebook) -> None:
     """Wait for some decisions, take one by hand, and leave nothing of the hand in the picture."""
-    marks = "svg[aria-label^=Batch] line >> nth={}"
-    notebook.cell(1).locator(marks.format(DECISIONS - 1)).wait_for(state="attached", timeout=SLOWEST_MS)
+    marks = notebook.cell(1).locator("svg[aria-label^=Batch] line")
+    marks.nth(DECISIONS - 1).wait_for(state="attached", timeout=SLOWEST_MS)
     notebook.type_value("Learning rate", "0.5")
-    notebook.cell(1).locator(marks.format(DECISIONS)).wait_for(state="attached", timeout=SLOWEST_MS)
+    marks.nth(DECISIONS).wait_for(state="attached", timeout=SLOWEST_MS)
     notebook.page.mouse.move(0, 0)
     notebook.page.evaluate("document.activeElement.blur()")
     notebook.page.add_style_tag(content=".jp-cell-toolbar, .jp-Collapser { visibility: hidden; }")
     notebook.wait_for_step_after(notebook.step() + 300)
-
-
-def small(drawn: bytes) -> bytes:
-    """Return the PNG in few colours: a third of the size, and no eye sees it."""
-    kept = io.BytesIO()
-    colours = Image.open(io.BytesIO(drawn)).convert("RGB")
-    colours.quantize(COLOURS, dither=Image.Dither.NONE).save(kept, format="png", optimize=True)
-    return kept.getvalue()
 
 
 def main() -> None:
@@ -109,7 +97,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a network this small gains nothing from two
     for name, dark in (("light", False), ("dark", True)):
         path = arguments.folder / f"panel_{name}.png"
-        path.write_bytes(small(picture(dark, arguments.width)))
+        path.write_bytes(picture(dark, arguments.width))
         print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
 
 

@@ -59,6 +59,8 @@ def train(
         val: loader to validate on after every epoch.
         loss: criterion(output, y) for an inferred step.
         scheduler: of `optimizer`; advanced by samples seen, as the plain loop would advance it.
+            Whether that counts batches or epochs is read off it and noted; to say it, set
+            `scheduler.interval = "batch"` or `"epoch"`.
         replay: a Run, also a loaded one, whose sizes, learning-rate factors and precision are
             repeated step by step; nothing is decided anew.
         sink: called with every Record.

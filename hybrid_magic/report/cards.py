@@ -151,7 +151,7 @@ def _batch_card(
     for made in changes:
         if made.step >= buckets[0].step:
             x = min(frame.x(made.step), WIDTH)
-            colour = {"global": GREEN, "micro": ORANGE}.get(made.what, PURPLE)
+            colour = {"micro": ORANGE, "control": PURPLE}.get(made.what, GREEN)
             marked.add(colour)
             marks.append(
                 f'<line x1="{x:.0f}" x2="{x:.0f}" y1="0" y2="{HEIGHT:.0f}" stroke="{colour}" '

@@ -42,7 +42,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if len(run.history):
         rows.append(("batch", _batches(run)))
     if run.skipped_steps:
-        rows.append(("skipped", f"{q.count(run.skipped_steps)} of the steps: gradient not finite"))
+        steps = q.count(run.skipped_steps)
+        rows.append(("skipped", f"{steps} of the steps: loss or gradient not finite"))
     if run.retries:
         times = "once" if run.retries == 1 else f"{q.count(run.retries)} times"
         rows.append(("memory ran out", f"{times}; the step started over in smaller micro-batches"))

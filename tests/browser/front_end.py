@@ -226,7 +226,7 @@ def served(
 
 
 def _write_settings(folder: pathlib.Path, python: str, dark: bool) -> None:
-    """Write the kernel's entry, and what keeps JupyterLab from asking and from looking things up."""
+    """Write the kernel's entry, and what keeps JupyterLab from asking questions."""
     spec = {"display_name": "Python 3", "language": "python"}
     spec["argv"] = [python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     theme = {"theme": "JupyterLab Dark" if dark else "JupyterLab Light"}

@@ -15,7 +15,7 @@ STEP_S = 0.012
 WITHIN_S = 1.0  # from the hand to the record
 
 REAL = {
-    "ready": f"""
+    "ready": """
 import time, torch
 from torch import nn
 from torch.nn import functional as F
@@ -37,7 +37,8 @@ def taught(model, batch):
 def whole(run):
     \"\"\"Whether the weights are those after run.steps steps, not one operation less or more.\"\"\"
     again, its_optimizer, its_loader = start_over()
-    hm.train(again, its_loader, taught, optimizer=its_optimizer, replay=run, steps=run.steps, seed=3)
+    same = {"replay": run, "steps": run.steps, "seed": 3}
+    hm.train(again, its_loader, taught, optimizer=its_optimizer, **same)
     return all(map(torch.equal, model.parameters(), again.parameters()))
 
 model, optimizer, loader = start_over()
@@ -68,7 +69,8 @@ _ = train_under_view(step_s={STEP_S}, per_epoch=2560, epochs=EPOCHS, stamps=stam
 SAY = """
 import json
 run = globals().get("run", hm.last_run)  # a replay is a run too
-asked = [[made.step, made.reason, stamps[made.step - 1]] for made in run.changes if made.what == "control"]
+by_hand = [made for made in run.changes if made.what == "control"]
+asked = [[made.step, made.reason, stamps[made.step - 1]] for made in by_hand]
 print("RESULT", json.dumps([run.outcome, run.steps, asked, len(stamps), whole(run)]))
 """
 
@@ -185,7 +187,7 @@ def test_a_tab_closed_and_opened_again_in_the_middle_of_a_run_has_live_controls(
 def test_two_runs_one_after_the_other_each_have_a_panel_and_the_first_result_stays(
     open_notebook, cells
 ):
-    ready, train, say = cells(4000)
+    ready, train, _ = cells(4000)
     short = cells(3)[1]
     again = "stamps.clear()" if "torch" not in ready else "model, optimizer, loader = start_over()"
     notebook = open_notebook([ready, short, "print('BETWEEN', 'runs')", again, train, "print(1)"])

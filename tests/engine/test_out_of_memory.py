@@ -186,12 +186,9 @@ def random_faults(name: str, number: int) -> None:
 
     faults = Faults(scattered(number, 0.5, 330 if "transformer" in name else 40))
     run, got = trained(batch="fixed")
-    struck, ran = faults.struck, faults.ran
-    assert struck
-    assert sum(record.retries for record in run.history) == len(struck)
-    for fault in struck:
-        later = ran[ran.index((fault[0], fault[1])) + 1 :]
-        assert max(itertools.chain(*(sizes for _, sizes in later))) < fault[2]
+    assert faults.struck
+    assert sum(record.retries for record in run.history) == len(faults.struck)
+    assert_no_failed_size_ran_again(faults)
     faults = Faults(lambda step, attempt, sizes: None)
     again, replayed = trained(replay=run)
     assert list(again.sizes) == list(run.sizes)
@@ -206,6 +203,12 @@ def random_faults(name: str, number: int) -> None:
         step_by_hand(model, optimizer, batch, next(sizes)[0], scaler=scaler, clip=clip)
     assert next(sizes, None) is None
     assert unequal(got, everything(model, optimizer, scaler) | generators()) == []
+
+
+def assert_no_failed_size_ran_again(faults: Faults) -> None:
+    for step, sizes, size, _ in faults.struck:
+        later = faults.ran[faults.ran.index((step, sizes)) + 1 :]
+        assert max(itertools.chain(*(sizes for _, sizes in later))) < size
 
 
 class Numbered(Dataset[Any]):
@@ -242,6 +245,7 @@ def test_every_sample_is_used_once_in_order_through_retries(workers: int, batch:
         hm.train(mlp(), loader, step, batch=batch, epochs=2, precision="fp32", sink=sink)
     assert len(faults.struck) > 2
     assert used == [*range(250)] * 2
+    assert_no_failed_size_ran_again(faults)
 
 
 # -- what a person's own code can do there --
@@ -343,6 +347,25 @@ def test_a_hook_that_runs_out_of_memory_leaves_no_trace(place: Any, precision: s
     for batch, (sizes, _) in zip(data * 2, run.sizes, strict=True):
         step_by_hand(model, optimizer, batch, sizes, scaler=scaler)
     assert unequal(got, everything(model, optimizer) | generators()) == []
+
+
+def test_memory_that_runs_out_once_the_scale_was_updated_is_no_update(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, strike = torch.amp.GradScaler.update, struck_by(out_of_memory, times=2)
+    monkeypatch.setattr(torch.amp.GradScaler, "update", lambda self: (real(self), strike()))
+    model, batch = mlp(), vectors(16)
+    optimizer = ADAMW(model.parameters())
+    with Faults(lambda step, attempt, sizes: None).at_work() as faults:
+        run = hm.train(model, [batch] * 6, optimizer=optimizer, precision="fp16", batch="fixed")
+    assert sum(record.retries for record in run.history) == 2
+    monkeypatch.undo()
+    got = everything(model, optimizer, faults.state.precision.scaler)
+    model, scaler = mlp().train(), torch.amp.GradScaler("cpu")
+    optimizer = ADAMW(model.parameters())
+    for sizes, _ in run.sizes:
+        step_by_hand(model, optimizer, batch, sizes, scaler=scaler)
+    assert unequal(got, everything(model, optimizer, scaler)) == []
 
 
 FACES = [

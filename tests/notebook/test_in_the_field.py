@@ -42,7 +42,7 @@ def test_callbacks_hammered_from_threads_are_all_recorded_and_leave_the_weights_
         name: next(one for one in panel._settings if one.description == name)
         for name in ("Growth factor", "Stable below")
     }
-    asked = {name: 0 for name in sliders}
+    asked = dict.fromkeys(sliders, 0)
     over = threading.Event()
 
     def hammer(name, values):
@@ -204,7 +204,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 net = nn.Linear(4, 2)
-train_loader = DataLoader(TensorDataset(torch.randn(32, 4), torch.randint(0, 2, (32,))), batch_size=8)
+data = TensorDataset(torch.randn(32, 4), torch.randint(0, 2, (32,)))
+train_loader = DataLoader(data, batch_size=8)
 seen, entries = [], len(Out)
 
 def tensors_of(thing):

@@ -20,7 +20,7 @@ def test_the_table_says_what_a_student_asks():
         "of a budget of 13.2 GiB",
         "64 = 64 \N{MULTIPLICATION SIGN} 1 at the start, 108 in 2 pieces of up to 64 at the end",
         "4 decisions",
-        "1 of the steps: gradient not finite",
+        "1 of the steps: loss or gradient not finite",
         "noise scale 512 samples",
         "the loss was inferred: cross-entropy",
     ):
