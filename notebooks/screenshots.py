@@ -78,15 +78,15 @@ def picture(dark: bool, width: int) -> bytes:
 
 
 def play(notebook: Notebook) -> None:
-    """Wait for some decisions, take one by hand, and leave nothing of the hand in the picture."""
+    """Wait for some decisions, take one by hand, wait for another, and take the hand away."""
     marks = notebook.cell(1).locator("svg[aria-label^=Batch] line")
     marks.nth(DECISIONS - 1).wait_for(state="attached", timeout=SLOWEST_MS)
     notebook.type_value("Learning rate", "0.5")
-    marks.nth(DECISIONS).wait_for(state="attached", timeout=SLOWEST_MS)
+    marks.nth(marks.count() + 1).wait_for(state="attached", timeout=SLOWEST_MS)
     notebook.page.mouse.move(0, 0)
     notebook.page.evaluate("document.activeElement.blur()")
     notebook.page.add_style_tag(content=".jp-cell-toolbar, .jp-Collapser { visibility: hidden; }")
-    notebook.wait_for_step_after(notebook.step() + 300)
+    notebook.wait_for_step_after(notebook.step())
 
 
 def main() -> None:

@@ -185,7 +185,7 @@ def random_faults(name: str, number: int) -> None:
         return run, everything(model, optimizer, faults.state.precision.scaler) | generators()
 
     faults = Faults(scattered(number, 0.5, 330 if "transformer" in name else 40))
-    run, got = trained(batch="fixed")
+    run, got = trained(batch=40 if number % 2 else "fixed")
     assert faults.struck
     assert sum(record.retries for record in run.history) == len(faults.struck)
     assert_no_failed_size_ran_again(faults)
@@ -199,9 +199,15 @@ def random_faults(name: str, number: int) -> None:
     scaler = torch.amp.GradScaler("cpu") if precision == "fp16" else None
     seed(number)
     sizes = iter(run.sizes)
-    for batch in itertools.chain(loader, loader):
-        step_by_hand(model, optimizer, batch, next(sizes)[0], scaler=scaler, clip=clip)
+    for _ in range(2):
+        epoch = [torch.cat(column) for column in zip(*loader, strict=True)]
+        while len(epoch[0]):
+            cuts, factor = next(sizes)
+            batch = [column[: sum(cuts)] for column in epoch]
+            epoch = [column[sum(cuts) :] for column in epoch]
+            step_by_hand(model, optimizer, batch, cuts, scaler=scaler, clip=clip, factor=factor)
     assert next(sizes, None) is None
+    assert number % 2 == 0 or {factor for _, factor in run.sizes} != {1.0}
     assert unequal(got, everything(model, optimizer, scaler) | generators()) == []
 
 

@@ -114,7 +114,7 @@ def test_ten_thousand_steps_a_second_draw_at_most_five_times_a_second(monkeypatc
 
 def test_a_front_end_is_sent_at_most_five_updates_a_second_of_anything(front_end):
     front_end.run(IMPORT)
-    cell = front_end.send("run = train_under_view(epochs=400)")
+    cell = front_end.send("run = train_under_view(epochs=100_000)")
     began = time.monotonic()
     model, seen, names = opened(front_end)
     report_view(front_end, model)
