@@ -32,6 +32,7 @@ def prepare(
     kind, gradients = device.type, torch.is_grad_enabled()
     cast = torch.amp.is_autocast_available(kind)
     casting = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) if cast else None
+    depth = _autocast_depth()
 
     def put_back() -> None:
         # an interrupt may cut torch's own putting back short
@@ -39,6 +40,9 @@ def prepare(
         if casting is not None:
             torch.set_autocast_enabled(kind, casting[0])
             torch.set_autocast_dtype(kind, casting[1])
+        while _autocast_depth() > depth:
+            torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()  # else a later run would compute with weights of this one
         _clear_gradients(model)
         for module, training in modes:
             module.training = training
@@ -51,6 +55,12 @@ def prepare(
     if not model.training:
         model.train()
     _clear_gradients(model)
+
+
+def _autocast_depth() -> int:
+    """Return how many autocast contexts are entered."""
+    # on one line: an interrupt between the two would enter one
+    return (torch.autocast_increment_nesting(), torch.autocast_decrement_nesting())[1]
 
 
 @contextlib.contextmanager

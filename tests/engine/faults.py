@@ -87,14 +87,18 @@ class _Striking(TorchDispatchMode):
 
 
 def scattered(number: int, share: float, operations: int) -> Choose:
-    """Faults in a `share` of the attempts that can be cut, at random: a micro-batch is taken to
-    have about so many operations."""
+    """Faults in a `share` of the attempts that can be cut, and in the first of them, at random: a
+    micro-batch is taken to have about so many operations."""
     dice = random.Random(number)
+    first = True
 
     def choose(step: int, attempt: int, sizes: list[int]) -> int | None:
-        if max(sizes) < 3 or dice.random() > share:
+        nonlocal first
+        if max(sizes) < 3 or (dice.random() > share and not first):
             return None
-        return dice.randrange(operations * len(sizes))
+        chosen = dice.randrange(operations if first else operations * len(sizes))
+        first = False
+        return chosen
 
     return choose
 

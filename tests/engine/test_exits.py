@@ -221,6 +221,8 @@ def check(made: Scene, before: Any, where: str, *, counting: bool = False) -> No
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, where
     assert torch.is_grad_enabled(), where
     assert not torch.is_autocast_enabled("cpu"), where
+    assert torch.autocast_increment_nesting() == 1, where
+    assert torch.autocast_decrement_nesting() == 0, where
     if run is not before and run is not None:
         assert run.outcome == "interrupted" or (run.outcome, run.steps) == ("finished", STEPS), (
             where
@@ -270,7 +272,7 @@ def test_an_interrupt_at_any_line_leaves_a_whole_step(
     assert strikes(name, kind, every) >= least
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", ["raised", "sent", "sent twice"])
 @pytest.mark.parametrize("name", ["adamw", "fp16"])

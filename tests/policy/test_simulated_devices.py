@@ -66,7 +66,7 @@ def test_goodput_is_close_to_that_of_one_who_knows_the_world():
     check_goodput(simulator.run_all(8, 1200, 3, kinds), kinds[1:])
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(1800)
 def test_a_thousand_worlds_keep_the_promises_under_both_policies():
     found = simulator.run_all(100, 1200, 5)
