@@ -50,8 +50,12 @@ TRAPS = {
     "T35 reads of the device": "engine/test_step.py: the_host_reads_device_values_once_a_step",
     "T36 hysteresis": "policy/test_simulated_devices.py: few_failures_the_best_micro_batch",
     "T37 callbacks while a cell runs": "notebook/test_pump.py: a_slider_moves_while_the_cell_runs",
-    "T38 callbacks on a thread": "engine/test_watching.py: every_control_may_be_asked_from_any",
+    "T38 callbacks on a thread": "notebook/test_in_the_field.py: callbacks_hammered_from",
+    "T39 a flood of updates": "notebook/test_in_the_field.py: a_front_end_is_sent_at_most_five",
+    "T40 widgets of old stacks": "notebook/test_in_the_field.py: the_panel_is_made_of_core_widgets",
+    "T41 figures that leak": "notebook/test_in_the_field.py: no_figure_is_left",
     "T42 interrupts anywhere": "engine/test_exits.py: an_interrupt_at_any_line",
+    "T43 output in the wrong cell": "notebook/test_in_the_field.py: all_that_a_run_shows",
     "T44 results that hold tensors": "notebook/test_free.py: a_finished_run_leaves_no_tensor",
     "T45 an optimizer of another model": "notebook/test_capture.py: an_optimizer_made_before_the",
 }
