@@ -87,18 +87,17 @@ class _Striking(TorchDispatchMode):
 
 
 def scattered(number: int, share: float, operations: int) -> Choose:
-    """Faults in a `share` of the attempts that can be cut, and in the first of them, at random: a
+    """Faults in a `share` of the attempts that can be cut, and in the second step, at random: a
     micro-batch is taken to have about so many operations."""
     dice = random.Random(number)
-    first = True
+    struck: set[int] = set()
 
     def choose(step: int, attempt: int, sizes: list[int]) -> int | None:
-        nonlocal first
-        if max(sizes) < 3 or (dice.random() > share and not first):
+        sure = step == 1 and not struck
+        if max(sizes) < 3 or (dice.random() > share and not sure):
             return None
-        chosen = dice.randrange(operations if first else operations * len(sizes))
-        first = False
-        return chosen
+        struck.add(step)
+        return dice.randrange(operations * (1 if sure else len(sizes)))
 
     return choose
 
