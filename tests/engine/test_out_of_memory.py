@@ -250,7 +250,7 @@ def test_every_sample_is_used_once_in_order_through_retries(workers: int, batch:
     loader = DataLoader(Numbered(250), batch_size=32, num_workers=workers)
     with Faults(scattered(5, 0.4, 60)).at_work() as faults:
         hm.train(mlp(), loader, step, batch=batch, epochs=2, precision="fp32", sink=sink)
-    assert len(faults.struck) > 2
+    assert len(faults.struck) >= 2
     assert used == [*range(250)] * 2
     assert_no_failed_size_ran_again(faults)
 
