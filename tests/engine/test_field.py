@@ -14,17 +14,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import hybrid_magic as hm
-from hybrid_magic.engine import setup as setups
-from hybrid_magic.engine import train as training
 from hybrid_magic.engine.control import RunControl
 from hybrid_magic.engine.device import DeviceProbe, probe_for
 
 MB = 2**20
-
-
-def put_on(monkeypatch: pytest.MonkeyPatch, probe: DeviceProbe) -> None:
-    monkeypatch.setattr(training, "probe_for", lambda device: probe)
-    monkeypatch.setattr(setups, "mover_for", lambda device, channels_last=False: None)
 
 
 class Sentences(Dataset[Any]):
@@ -55,10 +48,10 @@ class Crowded(SimulatedProbe):
         self.highest = max(self.highest, self._now())
 
 
-def test_the_longest_samples_may_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_longest_samples_may_come_last(on: Any) -> None:
     model = Transformer(dropout=0.0)
     probe = Crowded(model, fixed=10 * MB, per_sample=MB // 7, total=80 * MB)
-    put_on(monkeypatch, probe)
+    on(probe)
     seen: list[int] = []
 
     def step(model: Any, batch: Any) -> Any:
@@ -73,10 +66,10 @@ def test_the_longest_samples_may_come_last(monkeypatch: pytest.MonkeyPatch) -> N
     assert run.history[-1].global_batch_size == 32
 
 
-def test_every_size_that_was_decided_was_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_size_that_was_decided_was_run(on: Any) -> None:
     model = mlp()
     probe = SimulatedProbe(model, fixed=10 * MB, per_sample=MB, total=100 * MB)
-    put_on(monkeypatch, probe)
+    on(probe)
     data = DataLoader(TensorDataset(*vectors(64 * 150)), batch_size=64)
     run = hm.train(model, data, precision="fp32", memory=0.5)
     ran = {size for sizes, _ in run.sizes for size in sizes}
@@ -163,11 +156,11 @@ def test_a_loss_that_is_not_safe_in_half_precision_is_computed_in_fp32() -> None
     assert set(kinds) == {(torch.float32, False)}
 
 
-def test_a_fused_optimizer_clips_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fused_optimizer_clips_as_torch_does(on: Any) -> None:
     one, other = mlp(), mlp()
     data = DataLoader(TensorDataset(*vectors(160)), batch_size=16)
     by_hand(one, data, torch.optim.AdamW(one.parameters(), lr=0.01, fused=True), clip=0.05)
-    put_on(monkeypatch, SimulatedProbe(other, fixed=MB, per_sample=MB, total=100 * MB))
+    on(SimulatedProbe(other, fixed=MB, per_sample=MB, total=100 * MB))
     run = hm.train(
         other,
         data,

@@ -32,8 +32,6 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import hybrid_magic as hm
 from hybrid_magic.engine import nested, rehearse
 from hybrid_magic.engine import precision as precisions
-from hybrid_magic.engine import setup as setups
-from hybrid_magic.engine import train as training
 from hybrid_magic.engine.device import DeviceProbe, is_out_of_memory
 from hybrid_magic.engine.prefetch import Mover
 from hybrid_magic.engine.retry import whole_step
@@ -70,17 +68,6 @@ def _little_to_look_through() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-@pytest.fixture
-def on(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Train on a simulated device."""
-
-    def put(probe: SimulatedProbe, mover: Any = None) -> None:
-        monkeypatch.setattr(training, "probe_for", lambda device: probe)
-        monkeypatch.setattr(setups, "mover_for", lambda device, channels_last=False: mover)
-
-    return put
 
 
 # -- every operation of a step --
@@ -683,6 +670,17 @@ def test_finding_out_how_a_loss_is_reduced_leaves_no_trace() -> None:
     assert unequal(got, everything(model, optimizer) | generators()) == []
 
 
+def assert_run_is_as_by_hand(run: hm.Run, model: Any, optimizer: Any, batch: Any) -> None:
+    """Everything, random numbers too, is as after the same steps by hand from the same seed."""
+    got = everything(model, optimizer) | generators()
+    model = Odd(cnn()).train()
+    optimizer = ADAMW(model.parameters())
+    seed(3)
+    for sizes, _ in run.sizes:
+        step_by_hand(model, optimizer, batch, sizes)
+    assert unequal(got, everything(model, optimizer) | generators()) == []
+
+
 def test_memory_that_runs_out_while_precisions_are_compared_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -697,13 +695,7 @@ def test_memory_that_runs_out_while_precisions_are_compared_changes_nothing(
         model, [batch] * 3, lambda m, b: in_vain(m, b, [7]), optimizer=optimizer, batch="fixed"
     )
     assert max(itertools.chain(*(sizes for sizes, _ in run.sizes))) <= 7
-    got = everything(model, optimizer) | generators()
-    model = Odd(cnn()).train()
-    optimizer = ADAMW(model.parameters())
-    seed(3)
-    for sizes, _ in run.sizes:
-        step_by_hand(model, optimizer, batch, sizes)
-    assert unequal(got, everything(model, optimizer) | generators()) == []
+    assert_run_is_as_by_hand(run, model, optimizer, batch)
 
 
 def test_memory_that_runs_out_in_the_rehearsal_of_batch_statistics_changes_nothing(on: Any) -> None:
@@ -721,13 +713,7 @@ def test_memory_that_runs_out_in_the_rehearsal_of_batch_statistics_changes_nothi
     assert tried[:3] == [8, 16, 32]
     assert max(tried[3:]) <= 20
     assert [record.retries for record in run.history] == [0, 0, 0]
-    got = everything(model, optimizer) | generators()
-    model = Odd(cnn()).train()
-    optimizer = ADAMW(model.parameters())
-    seed(3)
-    for sizes, _ in run.sizes:
-        step_by_hand(model, optimizer, batch, sizes)
-    assert unequal(got, everything(model, optimizer) | generators()) == []
+    assert_run_is_as_by_hand(run, model, optimizer, batch)
 
 
 class Full(Mover):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from plain import cnn, differences, images, mlp, step_state, vectors
@@ -12,24 +11,10 @@ from simulated import RecordingMover, SimulatedProbe, numbered
 from torch.utils.data import DataLoader, TensorDataset
 
 import hybrid_magic as hm
-from hybrid_magic.engine import setup as setups
-from hybrid_magic.engine import train as training
 from hybrid_magic.engine.prefetch import one_step_ahead
 from hybrid_magic.engine.step import train_step
 
 MB = 2**20
-
-
-@pytest.fixture
-def on(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Train on a simulated device."""
-
-    def put(probe: SimulatedProbe, mover: Any = None) -> SimulatedProbe:
-        monkeypatch.setattr(training, "probe_for", lambda device: probe)
-        monkeypatch.setattr(setups, "mover_for", lambda device, channels_last=False: mover)
-        return probe
-
-    return put
 
 
 def test_late_readings_lose_and_reorder_nothing(on: Any) -> None:
