@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def prepare(
     A model in train mode keeps the layers that the person put into eval mode (frozen BatchNorm).
     """
     home = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
+    put_modes_back = _modes(model)
     kind, gradients = device.type, torch.is_grad_enabled()
     cast = torch.amp.is_autocast_available(kind)
     casting = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) if cast else None
@@ -44,8 +44,7 @@ def prepare(
             torch.autocast_decrement_nesting()
         torch.clear_autocast_cache()  # else a later run would compute with weights of this one
         _clear_gradients(model)
-        for module, training in modes:
-            module.training = training
+        put_modes_back()
         if hasattr(optimizer, "found_inf"):
             del optimizer.found_inf
         move(model, optimizer, criterion, home)
@@ -66,12 +65,22 @@ def _autocast_depth() -> int:
 @contextlib.contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Put every layer back into the train or eval mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
+    put_back = _modes(model)
     try:
         yield
     finally:
+        put_back()
+
+
+def _modes(model: nn.Module) -> Callable[[], None]:
+    """Return what puts every layer back into the train or eval mode that it is in now."""
+    modes = [(module, module.training) for module in model.modules()]
+
+    def put_back() -> None:
         for module, training in modes:
             module.training = training
+
+    return put_back
 
 
 def _clear_gradients(model: nn.Module) -> None:
