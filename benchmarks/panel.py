@@ -1,12 +1,13 @@
 """What do the panel under a cell, its plots and its controls cost while a cell trains?
 
-    OMP_NUM_THREADS=1 python -m benchmarks.panel [--seconds 60] [--rounds 5]
+    OMP_NUM_THREADS=1 python -m benchmarks.panel [--seconds 15] [--rounds 10]
 
-A real kernel trains the same MLP with the panel and with `--plain`, by turns, in a notebook that is
-open in headless JupyterLab: the panel is drawn by a browser, and a value is typed into it every ten
-seconds. A step is a real one that then waits, as for a device, some 5 ms in all. Beside the clock
-stands what the view itself counted (`run.drawing_seconds`). Needs Chromium; the browser runs on the
-same machine, beside the kernel.
+A real kernel trains the same MLP with the panel and with `--plain` in short blocks, panel, plain,
+plain, panel, so that a machine that drifts does so for both. A step computes for some 5 ms on one
+thread and waits for nothing, so that all that drawing takes is seen. Two front ends watch: a light
+one, beside which the kernel has a core to itself, and a browser, which takes what it needs.
+Counted is the CPU time of the kernel's process, all its threads, beside the clock and beside what
+the view itself counted (`run.drawing_seconds`).
 """
 
 from __future__ import annotations
@@ -15,32 +16,42 @@ import argparse
 import importlib.metadata
 import json
 import pathlib
-import shutil
-import subprocess
-import sys
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import hybrid_magic
-from tests.browser.front_end import QUIET, Notebook, served
 
-from . import measure
+from . import measure, watching
 
 HERE = pathlib.Path(__file__).parent
-WAIT_S, STEP_S = 0.004, 0.005
-SIDES = ("panel", "plain")
-TYPED_EVERY_S = 10.0
+STEP_S = 0.005
+OPEN = "not shown: the interval holds the goal"
+ORDER = ("panel", "plain", "plain", "panel")  # a round
 PACKAGES = ("jupyterlab", "ipykernel", "ipywidgets", "IPython")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 Row = dict[str, Any]
 
 READY = """
-import hashlib, json, time, torch
+import hashlib, json, os, time, torch
+from torch import nn
 from torch.nn import functional as F
-from benchmarks.loops import WORKS
+from torch.utils.data import DataLoader, TensorDataset
 %load_ext hybrid_magic
+torch.set_num_threads(1)
+
+def fresh():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(512, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 10)
+    )
+    data = TensorDataset(torch.randn(6400, 512), torch.randint(0, 10, (6400,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    return model, DataLoader(data, batch_size=64, shuffle=True), optimizer
+
+def clocks():
+    return time.perf_counter(), time.process_time(), time.thread_time()
 
 def weights():
     found = hashlib.sha256()
@@ -49,181 +60,185 @@ def weights():
     return found.hexdigest()
 
 def note(side):
-    now = time.perf_counter(), time.process_time()
+    (cell_s, cell_cpu_s, _), (train_s, train_cpu_s, main_cpu_s) = (
+        [later - sooner for sooner, later in zip(*pair)]
+        for pair in ((began, clocks()), (spans[0], spans[-1]))
+    )
     taken.append(dict(
-        side=side, cell_s=now[0] - began[0], cpu_s=now[1] - began[1], seconds=run.seconds,
-        steps=run.steps, drawing_s=run.drawing_seconds, asked=len(run.changes), weights=weights(),
+        side=side, cell_s=cell_s, cell_cpu_s=cell_cpu_s, train_s=train_s, train_cpu_s=train_cpu_s,
+        main_cpu_s=main_cpu_s, steps=run.steps, drawing_s=run.drawing_seconds,
+        asked=len(run.changes), weights=weights(),
     ))
 
 taken = []
 """
-FRESH = (
-    "model, loader, optimizer = WORKS[2].fresh()\nbegan = time.perf_counter(), time.process_time()"
-)
+FRESH = "model, loader, optimizer = fresh()\nspans, began = [], clocks()"
 TRAIN = """
 %%hybrid_train model loader --optimizer optimizer --steps {steps} --seed 0 {exact} {plain} -o run
-time.sleep({wait})
+spans[1:] = [clocks()]
 x, y = batch
 loss = F.cross_entropy(model(x), y)
 """
-EXACT = "--precision fp32 --batch fixed --micro 32 --lr-scale none"
+EXACT = "--precision fp32 --batch fixed --micro 64 --lr-scale none"
 END = """
-with open("taken.json", "w") as file:
+with open("taken.part", "w") as file:
     json.dump(taken, file)
-print("TAKEN", len(taken))
+os.replace("taken.part", "taken.json")
 """
 
 
 def cells_of(steps: int, rounds: int) -> list[str]:
-    """Return the notebook: a short turn of each side to warm up, then `rounds` turns of both."""
-    cells = [READY]
-    for number in range(-1, rounds):
-        for side in SIDES if number % 2 else SIDES[::-1]:
-            plain = "--plain" if side == "plain" else ""
-            length = steps if number >= 0 else min(steps, 400)
-            cells += [FRESH, TRAIN.format(steps=length, exact=EXACT, plain=plain, wait=WAIT_S)]
-            cells.append(f"note({side!r})" if number >= 0 else "taken.clear()")
+    """Return the notebook: a short turn of each side to warm up, then `rounds` rounds."""
+    cells = [READY.replace("WIDTH", "704")]
+    sides = [*ORDER[:2], *ORDER * rounds]
+    for number, side in enumerate(sides, start=-2):
+        plain = "--plain" if side == "plain" else ""
+        length = steps if number >= 0 else min(steps, 400)
+        cells += [FRESH, TRAIN.format(steps=length, exact=EXACT, plain=plain)]
+        cells.append(f"note({side!r})" if number >= 0 else "taken.clear()")
     return [*cells, END]
 
 
-def take(steps: int, rounds: int) -> list[Row]:
-    """Run the notebook in a browser, and return what each of its turns took."""
-    from playwright.sync_api import sync_playwright
-
-    programs = pathlib.Path(sys.executable).parent
-    cells = cells_of(steps, rounds)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        served("lab", pathlib.Path(folder), programs, sys.executable) as server,
-        sync_playwright() as player,
-    ):
-        browser = player.chromium.launch(executable_path=_chromium(), args=list(QUIET))
-        page = browser.new_page(viewport={"width": 1200, "height": 1000})
-        notebook = Notebook(page, server, server.write(cells))
-        notebook.open()
-        notebook.run_all()
-        _watch(notebook, until=lambda: _found(server.folder) is not None)
-        browser.close()
-        found = _found(server.folder)
-    assert found is not None
-    return found
-
-
-def _watch(notebook: Notebook, until: Callable[[], bool]) -> None:
-    """Type a value into the panel now and then, as a person does who watches, to the end."""
-    typed = 0
-    while not until():
-        errors = notebook.page.locator(".jp-RenderedText[data-mime-type*=error]")
-        if errors.count():
-            raise SystemExit(errors.first.inner_text())
-        if notebook.page.locator(".widget-slider").count():
-            typed += 1
-            notebook.type_value("Growth factor", f"{1.5 + typed % 2}")
-        notebook.page.wait_for_timeout(1000 * TYPED_EVERY_S)
-
-
-def _found(folder: pathlib.Path) -> list[Row] | None:
-    try:
-        return json.loads((folder / "taken.json").read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _chromium() -> str:
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        raise SystemExit(f"no browser is installed; wanted one of {', '.join(BROWSERS)}")
-    return path
+def take(front_end: str, steps: int, rounds: int) -> list[Row]:
+    """Run the notebook in a front end, and return what each of its turns took."""
+    with tempfile.TemporaryDirectory() as name:
+        result = pathlib.Path(name, "taken.json")
+        watching.FRONT_ENDS[front_end](cells_of(steps, rounds), result.parent, result)
+        return json.loads(result.read_text())
 
 
 def rows_of(taken: Sequence[Row]) -> list[Row]:
-    """Return the lines of the result; ratios are formed within a turn of both sides."""
-    panel, plain = ([turn for turn in taken if turn["side"] == side] for side in SIDES)
+    """Return the lines of the result; ratios and differences are formed within a round."""
+    rounds = [taken[at : at + len(ORDER)] for at in range(0, len(taken), len(ORDER))]
 
-    def paired(formed: Callable[[Row, Row], float]) -> measure.Interval:
-        pairs = zip(panel, plain, strict=True)
-        return measure.bootstrap([formed(ours, theirs) for ours, theirs in pairs])
+    def mean(turns: Sequence[Row], side: str, of: Callable[[Row], float]) -> float:
+        return statistics.fmean(of(turn) for turn in turns if turn["side"] == side)
 
-    shown = measure.bootstrap([turn["drawing_s"] / turn["seconds"] for turn in panel])
-    equal = len({turn["weights"] for turn in taken}) == 1
+    def paired(of: Callable[[Row], float], form: Callable[[float, float], float]) -> Any:
+        pairs = [[mean(turns, side, of) for side in ORDER[:2]] for turns in rounds]
+        return measure.bootstrap([form(*pair) for pair in pairs])
+
+    def ratio(name: str) -> measure.Interval:
+        return paired(lambda turn: turn[name], lambda panel, plain: panel / plain)
+
+    def over(side: str, of: Callable[[Row], float]) -> measure.Interval:
+        return measure.bootstrap([of(turn) for turn in taken if turn["side"] == side])
+
+    def others_s(turn: Row) -> float:
+        return turn["train_cpu_s"] - turn["main_cpu_s"]
+
+    def counted(turns: Sequence[Row]) -> float:
+        """Return the share of the run that is known to go into what is shown."""
+        more_s = mean(turns, "panel", others_s) - mean(turns, "plain", others_s)
+        drawing_s = mean(turns, "panel", lambda turn: turn["drawing_s"])
+        return (drawing_s + more_s) / mean(turns, "panel", lambda turn: turn["train_s"])
+
+    around = paired(lambda turn: turn["cell_cpu_s"] - turn["train_cpu_s"], lambda a, b: a - b)
     return [
-        _row("time of training, ratio", paired(lambda a, b: a["seconds"] / b["seconds"]), 1.01),
-        _row("share of it by the view's own clock", shown, 0.01),
-        _row("the same weights, bit by bit", equal, True),
-        _row("time of the whole cell, ratio", paired(lambda a, b: a["cell_s"] / b["cell_s"])),
+        _row("CPU time of training, ratio", ratio("train_cpu_s"), 1.01),
+        _row("time of training, ratio", ratio("train_s"), 1.01),
         _row(
-            "CPU time of the kernel, ms more per second",
-            paired(lambda a, b: 1e3 * (a["cpu_s"] / a["cell_s"] - b["cpu_s"] / b["cell_s"])),
+            "share by the view's own clock",
+            over("panel", lambda turn: turn["drawing_s"] / turn["train_s"]),
+            0.01,
         ),
-        _row("s of training, plain", measure.bootstrap([turn["seconds"] for turn in plain])),
+        _row(
+            "the same, with what the kernel's other threads do more",
+            measure.bootstrap([counted(turns) for turns in rounds]),
+            0.01,
+        ),
+        _row("the same weights, bit by bit", len({turn["weights"] for turn in taken}) == 1, True),
+        _row("s of CPU time to open the panel and leave table and figure, once a run", around),
+        _row("s of training, plain", over("plain", lambda turn: turn["train_s"])),
         _row(
             "ms per step, plain",
-            measure.bootstrap([1e3 * turn["seconds"] / turn["steps"] for turn in plain]),
+            over("plain", lambda turn: 1e3 * turn["train_s"] / max(1, turn["steps"] - 1)),
         ),
-        _row("values typed in a run", measure.bootstrap([turn["asked"] for turn in panel])),
+        _row("values typed in a run", over("panel", lambda turn: turn["asked"])),
     ]
 
 
 def _row(name: str, found: Any, goal: Any = None) -> Row:
-    value = found.value if isinstance(found, measure.Interval) else found
-    met = None if goal is None else value is True if goal is True else value <= goal
+    """Return a line; a goal is met when the whole interval is within it, missed when none of it."""
+    met = None if goal is None else found is True
+    if isinstance(found, measure.Interval) and goal is not None:
+        met = True if found.high <= goal else False if found.low > goal else OPEN
     return {"measure": name, "panel": found, "goal": goal, "met": met}
 
 
-def page_of(rows: Sequence[Row], facts: Row) -> str:
-    """Return the Markdown page of the rows."""
+def page_of(found: dict[str, list[Row]], facts: Row) -> str:
+    """Return the Markdown page of what each front end's rows say."""
 
     def said(value: Any) -> str:
         if isinstance(value, bool):
             return "yes" if value else "**no**"
         if isinstance(value, measure.Interval):
-            return f"{value.value:.4g} [{value.low:.4g}, {value.high:.4g}]"
+            return f"{value.value:.4g} [{value.low:.4g}, {value.high:.4g}], n {value.n}"
+        if isinstance(value, str):
+            return value
         return "" if value is None else f"<= {value:g}"
 
-    shown = [{name: said(value) if name != "measure" else value for name, value in row.items()}
-             for row in rows]  # fmt: skip
-    return f"{INTRODUCTION}\n{measure.table(shown)}\n{measure.header(facts)}"
+    parts = [INTRODUCTION]
+    for front_end, rows in found.items():
+        shown = [{name: said(value) for name, value in row.items()} for row in rows]
+        parts += [f"## {TITLES[front_end]}\n", measure.table(shown)]
+    return "\n".join([*parts, measure.header(facts)])
 
 
+TITLES = {
+    "client": "Watched by a light client, which leaves the kernel a core to itself",
+    "browser": "Watched in headless JupyterLab: server and browser share the machine",
+}
 INTRODUCTION = """# What the panel costs
 
-The same training with the panel and with `--plain`, by turns, in one kernel; headless JupyterLab
-shows the notebook on the same machine, and a value is typed into the panel every ten seconds.
-Medians over turns with 95 % bootstrap intervals; ratios are formed within a turn. *Time of
-training* is `run.seconds`; the whole cell also opens the panel and leaves table and figure behind,
-once a run.
+The same training with the panel and with `--plain` in one kernel, in rounds of four short blocks:
+panel, plain, plain, panel. A step computes on one thread and waits for nothing. Ratios are formed
+within a round (n rounds); medians with 95 % bootstrap intervals. *Training* lasts from the first
+step to the last, *CPU time* is the kernel's, of all its threads. A value is typed into the panel
+every ten seconds.
 """
 
 
-def facts_of(seconds: float, rounds: int) -> Row:
-    command = f"python -m benchmarks.panel --seconds {seconds:g} --rounds {rounds}"
-    facts = measure.environment(command, f"0, {rounds} turns of each side")
+def facts_of(command: str, rounds: int, front_ends: Sequence[str]) -> Row:
+    facts = measure.environment(command, f"0, {rounds} rounds")
     root = pathlib.Path(hybrid_magic.__file__).parent
     facts["panel"] = measure.digest([*root.glob("notebook/*.py"), *root.glob("report/*.py")])
     facts |= {name.lower(): importlib.metadata.version(name) for name in PACKAGES}
-    told = subprocess.check_output([_chromium(), "--version", "--no-sandbox"], text=True)
-    facts["browser"] = " ".join(told.split()[:2])
+    if "browser" in front_ends:
+        facts["browser"] = watching.browser_version()
     return facts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=60, help="length of a run (default 60)")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each side (default 5)")
+    parser.add_argument("--seconds", type=float, default=15, help="length of a block (default 15)")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds of four blocks (default 10)")
+    parser.add_argument("--front-ends", nargs="+", choices=TITLES, default=[*TITLES])
     parser.add_argument("--json", type=pathlib.Path, default=HERE / "results" / "panel.json")
-    arguments = parser.parse_args(argv)
+    asked = parser.parse_args(argv)
 
-    facts = facts_of(arguments.seconds, arguments.rounds)
+    command = f"python -m benchmarks.panel --seconds {asked.seconds:g} --rounds {asked.rounds}"
+    if asked.front_ends != [*TITLES]:
+        command += " --front-ends " + " ".join(asked.front_ends)
+    facts = facts_of(command, asked.rounds, asked.front_ends)
     began = time.perf_counter()
-    taken = take(round(arguments.seconds / STEP_S), arguments.rounds)
-    facts["taken"] = f"{(time.perf_counter() - began) / 60:.0f} min"
-    rows = rows_of(taken)
-    text = page_of(rows, facts)
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    saved = {"environment": facts, "rows": rows, "turns": taken}
-    arguments.json.write_text(json.dumps(saved, default=measure.plain, indent=1) + "\n")
-    arguments.json.with_suffix(".md").write_text(text)
-    print(text)
+    steps = round(asked.seconds / STEP_S)
+    taken: dict[str, list[Row]] = {}
+    for name in asked.front_ends:
+        taken[name] = take(name, steps, asked.rounds)
+        facts[f"load after the {name}"] = measure.system_load()
+        facts["taken"] = f"{(time.perf_counter() - began) / 60:.0f} min"
+        save(asked.json, taken, facts)  # each time: the next one may fail
+    print(asked.json.with_suffix(".md").read_text())
+
+
+def save(path: pathlib.Path, taken: dict[str, list[Row]], facts: Row) -> None:
+    """Write what was taken as JSON to `path`, and as a page beside it."""
+    found = {name: rows_of(turns) for name, turns in taken.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    saved = {"environment": facts, "rows": found, "turns": taken}
+    path.write_text(json.dumps(saved, default=measure.plain, indent=1) + "\n")
+    path.with_suffix(".md").write_text(page_of(found, facts))
 
 
 if __name__ == "__main__":

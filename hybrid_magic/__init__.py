@@ -18,10 +18,11 @@ from .errors import ConfigError, HybridMagicError
 
 if TYPE_CHECKING:
     from .engine.train import train
+    from .notebook.planned import explain
     from .run import Run, load_run
 
 __version__ = "0.1.0"
-__all__ = ["ConfigError", "HybridMagicError", "Run", "last_run", "load_run", "train"]
+__all__ = ["ConfigError", "HybridMagicError", "Run", "explain", "last_run", "load_run", "train"]
 
 last_run: Run | None
 
@@ -38,6 +39,10 @@ def __getattr__(name: str) -> Any:
         from .engine.train import train
 
         return train
+    if name == "explain":
+        from .notebook.planned import explain
+
+        return explain
     if name in ("Run", "last_run", "load_run"):
         from . import run
 

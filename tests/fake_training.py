@@ -108,7 +108,7 @@ class FakeTraining:
         if size == self.size:
             return
         word = "grew" if size > self.size else "shrank"
-        reason = f"{word} {self.size} -> {size}: {why}, +31 % goodput, peak 5.1 of 14.7 GiB"
+        reason = f"{word} {self.size} -> {size}: {why}, +31 % goodput, peak 5.1 GiB of 14.7 GiB"
         self.change("global", self.size, size, reason)
         self.size = size
         if size > 128 and self.micro == 64:

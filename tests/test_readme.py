@@ -32,6 +32,7 @@ y = (x.sum(1) > 0).long()
 train_loader = DataLoader(TensorDataset(x[:192], y[:192]), batch_size=16, shuffle=True)
 test_loader = DataLoader(TensorDataset(x[192:], y[192:]), batch_size=64)
 model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 """
 
 PROGRAM = """
@@ -94,7 +95,7 @@ def test_options_that_it_names_exist():
 
     known = {flag_of(item) for item in dataclasses.fields(TrainConfig)}
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README))
-    assert named - known == {"--no-deps"}  # pip's
+    assert named - known == {"--no-deps", "--explain"}  # pip's, and the magic's own
 
 
 def test_the_version_has_its_entry_in_the_changelog():

@@ -13,9 +13,10 @@ import torch
 from ..errors import HybridMagicError
 from . import nested
 from .device import attempt
+from .forward import forward
 from .prepare import modes_kept
 from .reduction import Reduction
-from .step import StepState, forward
+from .step_state import StepState
 
 
 def evaluate(state: StepState, loader: Any) -> dict[str, float]:

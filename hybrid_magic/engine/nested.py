@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -77,6 +78,8 @@ def at(tree: Any, path: tuple[Any, ...]) -> Any:
 
 def joined(first: Any, *others: Any) -> Any:
     """Return batches of the same kind as one, None where they do not fit together."""
+    if isinstance(first, Named):
+        return first.whole()
     streams = [leaves(other) for other in others]
 
     def join(leaf: Any) -> Any:
@@ -122,6 +125,8 @@ def count(batch: Any) -> int | None:
         x, y = batch
         if type(x) is type(y) is torch.Tensor and x.dim() and y.dim() and len(x) == len(y):
             return len(x)
+    if isinstance(batch, Named):
+        return batch.size
     sizes = {leaf.shape[0] for leaf in leaves(batch) if _has_rows(leaf)}
     if len(sizes) == 1 and not _per_sample(batch, sizes):
         return sizes.pop()
@@ -131,6 +136,8 @@ def count(batch: Any) -> int | None:
 
 def rows(batch: Any, start: int, stop: int) -> Any:
     """Return samples `start` to `stop` of a batch that `count` could count; tensors are views."""
+    if isinstance(batch, Named):
+        return batch.rows(start, stop)
     columns = _columns(batch)
     n = count(batch)
     if columns and _per_sample(batch, {leaf.shape[0] for leaf in leaves(batch) if _has_rows(leaf)}):
@@ -167,3 +174,53 @@ def _per_sample(batch: Any, sizes: set[int]) -> bool:
     """Return whether `batch` is columns of per-sample items rather than tensors over samples."""
     columns = _columns(batch)
     return columns is not None and sizes != {len(columns[0])}
+
+
+class Named(dict[str, Any]):
+    """The values of a step by name, or those of some of its samples.
+
+    `size` is how many samples they hold, None where they cannot be cut; `cut` names what has a row
+    (True) or an item of a list (False) for each of them. The others are whole in every cut.
+    """
+
+    def __init__(self, values: Mapping[str, Any], size: int | None, cut: dict[str, bool]) -> None:
+        super().__init__(values)
+        self.size, self.cut = size, cut
+        self._all: Named = self
+
+    def rows(self, start: int, stop: int) -> Named:
+        """Return samples `start` to `stop`."""
+        if (start, stop) == (0, self.size):
+            return self
+        part = Named(self, stop - start, self.cut)
+        part._all = self._all
+        for name, by_rows in self.cut.items():
+            part[name] = rows(self[name], start, stop) if by_rows else self[name][start:stop]
+        return part
+
+    def whole(self) -> Named:
+        """Return what these samples are a part of."""
+        return self._all
+
+
+def named(values: Mapping[str, Any], hint: int | None, uncut: Collection[str]) -> Named:
+    """Return `values` as a batch that can be cut where it is clear how.
+
+    Args:
+        hint: how many samples the batch has as it was loaded, None where that is not known.
+        uncut: names that are not to be cut.
+    """
+    found = {name: _lengths(value) for name, value in values.items() if name not in uncut}
+    votes = Counter(n for lengths in found.values() for n in dict.fromkeys(lengths) if n)
+    n = hint if hint in votes else max(votes, key=votes.__getitem__, default=None)
+    both = any(lengths == (n, n) for lengths in found.values())
+    if not n or both:  # a list of n tensors of n rows: there is no telling
+        return Named(values, None, {})
+    return Named(values, n, {name: of[0] == n for name, of in found.items() if n in of})
+
+
+def _lengths(value: Any) -> tuple[int | None, int | None]:
+    """Return how many rows and how many items there are, None for none."""
+    if isinstance(value, (torch.nn.Parameter, torch.nn.Module)):
+        return None, None
+    return count(value), len(value) if type(value) in (list, tuple) else None

@@ -23,14 +23,15 @@ def make_up_front(optimizer: Any, made: list[Tensor]) -> None:
     for group in optimizer.param_groups:
         new = [p for p in group["params"] if p.requires_grad and not optimizer.state.get(p)]
         made += new
+        found = [param.grad for param in new]
         try:
             for param in new:  # a gradient of zeros that takes no memory
                 zero = torch.zeros((), dtype=param.dtype, device=param.device)
                 param.grad = zero.expand_as(param)
             make({**group, "params": new}, *([] for _ in range(lists)))
         finally:
-            for param in new:
-                param.grad = None
+            for param, grad in zip(new, found, strict=True):
+                param.grad = grad
 
 
 def remove_unused(optimizer: Any, made: list[Tensor]) -> None:

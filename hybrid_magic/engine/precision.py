@@ -15,13 +15,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Precision:
-    """How one run computes. `scaler` is None unless the precision is fp16."""
+    """How one run computes. `scaler` is None unless the precision is fp16, or "own": the person's
+    code enters autocast where it wants to, and may have brought a scaler."""
 
-    def __init__(self, name: str, device: torch.device) -> None:
-        self.name = name
+    def __init__(self, name: str, device: torch.device, scaler: Any = None) -> None:
+        self.name, self.ours = name, name != "own"
         self.dtype = DTYPES.get(name)
         self.mixed = self.dtype is not None
-        self.scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None
+        self.scaler = torch.amp.GradScaler(device.type) if name == "fp16" else scaler
         self._autocast: Any = (
             nullcontext() if self.dtype is None else torch.autocast(device.type, dtype=self.dtype)
         )
@@ -29,6 +30,11 @@ class Precision:
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context for a forward pass; made once, entered again and again."""
         return self._autocast
+
+
+def refuses_autocast(error: BaseException) -> bool:
+    """Return whether a loss (BCELoss) said that it must not be computed under autocast."""
+    return isinstance(error, RuntimeError) and "unsafe to autocast" in str(error)
 
 
 def native(device: torch.device) -> tuple[str | None, str]:

@@ -28,21 +28,10 @@ def prepare(
     A model in train mode keeps the layers that the person put into eval mode (frozen BatchNorm).
     """
     home = next(model.parameters()).device
-    put_modes_back = _modes(model)
-    kind, gradients = device.type, torch.is_grad_enabled()
-    cast = torch.amp.is_autocast_available(kind)
-    casting = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) if cast else None
-    depth = _autocast_depth()
+    put_modes_back, put_switches_back = _modes(model), switches(device.type)
 
     def put_back() -> None:
-        # an interrupt may cut torch's own putting back short
-        torch.set_grad_enabled(gradients)
-        if casting is not None:
-            torch.set_autocast_enabled(kind, casting[0])
-            torch.set_autocast_dtype(kind, casting[1])
-        while _autocast_depth() > depth:
-            torch.autocast_decrement_nesting()
-        torch.clear_autocast_cache()  # else a later run would compute with weights of this one
+        put_switches_back()
         _clear_gradients(model)
         put_modes_back()
         if hasattr(optimizer, "found_inf"):
@@ -54,6 +43,25 @@ def prepare(
     if not model.training:
         model.train()
     _clear_gradients(model)
+
+
+def switches(kind: str) -> Callable[[], None]:
+    """Return what puts torch's switches for a kind of device back to where they are now: an
+    interrupt may cut torch's own putting back short."""
+    gradients, cast = torch.is_grad_enabled(), torch.amp.is_autocast_available(kind)
+    casting = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) if cast else None
+    depth = _autocast_depth()
+
+    def put_back() -> None:
+        torch.set_grad_enabled(gradients)
+        if casting is not None:
+            torch.set_autocast_enabled(kind, casting[0])
+            torch.set_autocast_dtype(kind, casting[1])
+        while _autocast_depth() > depth:
+            torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()  # else a later run would compute with weights of this one
+
+    return put_back
 
 
 def _autocast_depth() -> int:

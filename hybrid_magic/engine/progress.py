@@ -25,7 +25,7 @@ from .prepare import Interrupts
 from .reading import Reading, read
 from .schedule import ScheduleClock
 from .sizing import Sizing
-from .step import StepResult, StepState
+from .step_state import StepResult, StepState
 
 LATE_STEPS = 8  # how far reading may lag behind a device that decides for itself whether to skip
 
@@ -45,7 +45,7 @@ class TrainState:
         config: TrainConfig,
         probe: DeviceProbe,
         settings: Settings,
-        replay: Run | None,
+        replay: Run | None = None,
     ) -> None:
         self.run, self.probe = run, probe
         self.step = self.samples = self.epoch = self.in_epoch = 0
@@ -81,7 +81,7 @@ class TrainState:
             self._finish(self.step, self.samples, result, retries, waited, seconds)
             return
         self._pending.append((self.step, self.samples, result, retries, waited, seconds))
-        self._read(LATE_STEPS if self.step_state.skip_on_device else 1)
+        self.catch_up(LATE_STEPS if self.step_state.skip_on_device else 1)
 
     def _count(self, sizes: list[int], lr_factor: float) -> None:
         """Count a step that is whole."""
@@ -93,7 +93,7 @@ class TrainState:
             if self.schedule is not None:
                 self.schedule.advance(self.in_epoch)
 
-    def _read(self, late: int) -> None:
+    def catch_up(self, late: int = 0) -> None:
         """Take in what the device was asked, but for the newest `late` steps."""
         while len(self._pending) > late:
             self._finish(*self._pending.popleft())
@@ -229,7 +229,7 @@ class TrainState:
     def begin_epoch(self, epoch: int) -> None:
         """Begin an epoch, counted from 0; the first one starts the clock."""
         self.epoch, self.in_epoch, self._epoch_loss = epoch, 0, [0.0, 0]
-        if epoch == 0:
+        if not self._begun:
             self._begun = time.perf_counter()
             self.probe.reset_peak()
 
@@ -238,7 +238,7 @@ class TrainState:
         metrics = None if val is None else self._validate(val)
         if self.schedule is not None:
             if self.schedule.judges:
-                self._read(0)
+                self.catch_up()
             total, n = self._epoch_loss
             with self.interrupts.held():
                 self.schedule.end_epoch(self.in_epoch, total / n if n else None, metrics)
@@ -263,7 +263,7 @@ class TrainState:
 
     def finish(self, val: Any) -> None:
         """Read what is left, and validate where the run ended inside an epoch."""
-        self._read(0)
+        self.catch_up()
         if val is not None and self.run.outcome == "finished" and self._validated < self.step:
             self._validate(val)
 
@@ -279,7 +279,7 @@ class TrainState:
             self._pending.clear()  # the device may not answer any more
         run.steps, run.samples_seen = state.steps, state.samples
         run.seconds = self._trained()
-        self._read(0)
+        self.catch_up()
 
     def _trained(self) -> float:
         """Return the seconds spent training so far: no validation, no pause."""

@@ -10,7 +10,7 @@ import operator
 from dataclasses import dataclass
 
 from .device import DeviceProbe
-from .step import StepResult
+from .step_state import StepResult
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class Reading:
 
 def read(result: StepResult, probe: DeviceProbe) -> Reading:
     """Return what `result` says, waiting for the device if it is not done with the step yet."""
-    values, marks, span = result.values(), result.marks, probe.seconds
+    values, span = result.values(), probe.seconds
     weights = result.weights
     cuts = len(weights)
     loss = values[0] if cuts == 1 else math.fsum(map(operator.mul, weights, values))
@@ -41,16 +41,15 @@ def read(result: StepResult, probe: DeviceProbe) -> Reading:
         skipped = check - check != 0.0
     forward = backward = 0.0
     micro = []
-    for at in range(0, len(marks) - 2, 2):
-        ahead = span(marks[at], marks[at + 1])
-        back = span(marks[at + 1], marks[at + 2])
+    for start, middle, end in result.spans:
+        ahead, back = span(start, middle), span(middle, end)
         forward, backward = forward + ahead, backward + back
         micro.append(ahead + back)
     logged = None
     if result.names:
         logged = dict(zip(result.names, values[-len(result.names) :], strict=True))
     noise = None if result.noise is None else _noise_pair(result, values)
-    optimizer = span(marks[-2], marks[-1])
+    optimizer = sum(span(start, end) for start, end in result.ends)
     return Reading(loss, norm, skipped, forward, backward, optimizer, tuple(micro), noise, logged)
 
 

@@ -215,8 +215,11 @@ def _targets(call: _Call, batch: Any) -> Reduction | None:
     flat, best = target.reshape(-1), (-1, 0)
     found: Reduction | None = None
     for number, (path, leaf) in enumerate(nested.paths(batch)):
-        if not isinstance(leaf, torch.Tensor) or leaf.is_floating_point() or leaf.dim() == 0:
+        if not isinstance(leaf, torch.Tensor) or leaf.dim() == 0:
             continue
+        if isinstance(batch, nested.Named) and path[0] not in batch.cut:
+            continue  # the same in every micro-batch
+        flat = flat.to(leaf.device)  # it may have been moved on its way to the criterion
         shared = leaf.untyped_storage().data_ptr() == target.untyped_storage().data_ptr()
         called = bool(path) and str(path[-1]) in _LABELS
         for shift in (0, 1) if leaf.dim() > 1 else (0,):
@@ -232,9 +235,12 @@ def _targets(call: _Call, batch: Any) -> Reduction | None:
 
 
 def _same(flat: torch.Tensor, leaf: torch.Tensor, ignore_index: int) -> bool:
-    """Return whether `flat` holds `leaf`'s targets in order, ignored ones aside."""
+    """Return whether `flat` holds `leaf`'s targets in order, ignored ones aside; they may have been
+    reshaped, and made whole numbers of another kind."""
     if flat.numel() == leaf.numel():
-        return bool(torch.equal(flat, leaf.reshape(-1)))
+        return bool((flat == leaf.reshape(-1)).all())
+    if leaf.is_floating_point():
+        return False
     kept = leaf.reshape(-1)
     kept, flat = kept[kept != ignore_index], flat[flat != ignore_index]
-    return flat.numel() == kept.numel() > 0 and bool(torch.equal(flat, kept))
+    return flat.numel() == kept.numel() > 0 and bool((flat == kept).all())

@@ -8,22 +8,69 @@ micro-batch of models with batch statistics.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from . import nested
+from . import precision as precisions
+from .copies import Own
 from .data import StepData
-from .device import attempt
+from .device import attempt, is_out_of_memory
+from .forward import forward
 from .precision import Precision
 from .prepare import modes_kept
 from .randomness import RandomState
 from .reduction import Reduction, check, settle
-from .step import StepState, backward, forward
-from .transaction import Own
+from .sizing import Sizing
+from .step import backward
+from .step_state import StepState
 
 GAIN = 1.15  # a reduced precision must be this much faster than fp32 to be chosen by measurement
+
+
+def choose_precision(
+    ready: StepState, asked: str, first: StepData, *, rehearses: bool = True
+) -> tuple[Precision, str]:
+    """Return the precision of the run and why, measuring where the device does not settle it and
+    the step can be tried."""
+    device = ready.device.device
+    if asked != "auto":
+        return Precision(asked, device), "asked for"
+    if any(param.dtype == torch.float64 for param in ready.params):
+        return Precision("fp32", device), "computing as the weights are, in float64"
+    name, why = precisions.native(device)
+    measured = precisions.worth_measuring(device) if rehearses else None
+    if name is None and measured is not None:
+        largest = first.batches[first.sizes.index(max(first.sizes))]
+        name, times = faster_precision(ready, largest, measured)
+        why = f"{why}, and {times}"
+    return Precision(name or "fp32", device), f"chose {name or 'fp32'}: {why}"
+
+
+def size_first_step(ready: StepState, sizing: Sizing, first: StepData) -> None:
+    """Size the micro-batch of a model with batch statistics by passes that leave no trace.
+
+    Its first real step cannot be cut into small micro-batches, since they would change what
+    BatchNorm learns; on a device whose memory is the limit the sizes are therefore rehearsed.
+    """
+    if not ready.batch_statistics or not ready.device.late or len(first.sizes) != 1:
+        return
+    size, batch = first.sizes[0], first.batches[0]
+    if nested.count(batch) != size or size < 16:
+        return
+    sizes = (max(2, size // 8), size // 4, size // 2)
+    points, failed = measure_sizes(ready, batch, sizes)
+    if failed is not None:
+        sizing.ran_out(failed, 0)
+    cut = sizing.learn(points, size)
+    ends = list(itertools.accumulate(cut))
+    first.batches = [nested.rows(batch, end - n, end) for n, end in zip(cut, ends, strict=True)]
+    first.sizes = list(cut)
 
 
 @contextlib.contextmanager
@@ -38,12 +85,15 @@ def leaving_no_trace(state: StepState) -> Iterator[None]:
         state.transaction.roll_back(state.steps)
 
 
-def _pass_seconds(state: StepState, batch: Any) -> float:
-    """Return the seconds of one forward and backward pass on a copy of a host batch."""
+def _pass_seconds(state: StepState, batch: Any) -> float | None:
+    """Return the seconds of one forward and backward pass on a copy of a host batch, None where
+    there is nothing to be trained on it."""
     batch = _copy(state, batch)
     state.device.synchronize()
     start = state.device.mark()
     loss, _ = forward(state, batch)
+    if loss is None and state.adopted:
+        return None
     check(loss)
     backward(state, loss)
     seconds = state.device.seconds(start, state.device.mark())
@@ -62,7 +112,12 @@ def faster_precision(
     """
     found: Any = ""
     while found is not None:
-        result, found = attempt(_compared, state, batch, name, rounds)
+        try:
+            result, found = attempt(_compared, state, batch, name, rounds)
+        except RuntimeError as error:
+            if not precisions.refuses_autocast(error):
+                raise
+            return "fp32", f"its loss is not safe in {name}"
         if found is not None:
             state.device.release()
             n = nested.count(batch) or 1
@@ -84,7 +139,10 @@ def _compared(state: StepState, batch: Any, name: str, rounds: int) -> tuple[str
             taken = {}
             for key, precision in candidates.items():
                 state.precision = precision
-                taken[key] = _pass_seconds(state, batch)
+                seconds = _pass_seconds(state, batch)
+                if seconds is None:
+                    return "fp32", f"its first batch trains nothing, so {name} was not measured"
+                taken[key] = seconds
                 if turn > 0:  # the first pass warms up
                     best[key] = min(best[key], taken[key])
             wins += turn > 0 and taken["fp32"] > GAIN * taken[name]
@@ -97,8 +155,6 @@ def _compared(state: StepState, batch: Any, name: str, rounds: int) -> tuple[str
 def settle_reduction(state: StepState, data: StepData, found: Reduction) -> Reduction:
     """Return how the loss is reduced, by computing it of a batch in one piece and in two.
 
-    In eval mode, in FP32 and without gradients, on a copy; modes, buffers and random state are put
-    back.
     `found` stays where no micro-batch of the first step can be cut.
     """
     n = max(data.sizes)
@@ -111,6 +167,36 @@ def settle_reduction(state: StepState, data: StepData, found: Reduction) -> Redu
         batch = nested.joined(*pieces) if len(pieces) == 2 else None
         if batch is None:
             return found
+    losses = _losses(state, [batch, *pieces])
+    return found if losses is None else settle(found, pieces, sizes, losses)
+
+
+def indivisible(state: StepState, whole: Any, pieces: Sequence[Any], factors: Any) -> str | None:
+    """Return why the losses of micro-batches do not make up their batch's loss, None where they do
+    or it cannot be told.
+
+    Args:
+        whole: the batch; `pieces` are what it was cut into, `factors` their weights.
+
+    A loss with dice in it is judged within thrice its own spread over three tries.
+    """
+    losses, _ = attempt(_losses, state, [whole, whole, whole, *pieces])
+    if losses is None or not all(map(math.isfinite, losses)):
+        return None
+    tries, parts = losses[:3], losses[3:]
+    joined = math.fsum(map(operator.mul, factors, parts))
+    allowed = 3 * (max(tries) - min(tries)) + 1e-4 * max(abs(tries[0]), 1e-12)
+    if min(abs(joined - each) for each in tries) <= allowed:
+        return None
+    return (
+        f"its loss is {tries[0]:.4g} in one piece and {joined:.4g} made up of {len(parts)} pieces "
+        "(samples that are compared with each other, or targets that are left out)"
+    )
+
+
+def _losses(state: StepState, batches: Sequence[Any]) -> list[float] | None:
+    """Return the losses of batches, in eval mode, in FP32 and without gradients, on copies; modes,
+    buffers and random state are put back. None where the person's code cannot be tried so."""
     random, precision = RandomState(state.device.device), state.precision
     own = Own(state.model, state.params)
     own.take()
@@ -118,12 +204,15 @@ def settle_reduction(state: StepState, data: StepData, found: Reduction) -> Redu
     try:
         with modes_kept(state.model), torch.no_grad():
             state.model.eval()
-            losses = [float(forward(state, _copy(state, piece))[0]) for piece in (batch, *pieces)]
+            return [float(forward(state, _copy(state, batch))[0]) for batch in batches]
+    except Exception as error:
+        if not state.adopted or is_out_of_memory(error):
+            raise
+        return None  # their code may want gradients here, or train nothing in eval mode
     finally:
         state.precision = precision
-        own.put_back()
+        own.put_back(changed=True)
         random.put_back()
-    return settle(found, pieces, sizes, losses)
 
 
 def _copy(state: StepState, batch: Any) -> Any:
@@ -144,6 +233,8 @@ def measure_sizes(
             seconds, found = attempt(_pass_seconds, state, nested.rows(batch, 0, size))
             if found is not None:
                 break
+            if seconds is None:
+                return points, None
             points.append((size, seconds, state.device.peak()[0]))
         else:
             return points, None

@@ -7,8 +7,8 @@ then. Which sizes failed is the policy's to remember.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -18,7 +18,10 @@ from . import nested
 from .data import StepData
 from .device import attempt
 from .sizing import Sizing
-from .step import StepResult, StepState, train_step
+from .step import train_step
+from .step_state import StepResult, StepState
+
+Done = TypeVar("Done")
 
 
 def whole_step(
@@ -32,12 +35,28 @@ def whole_step(
             is left.
     """
     factor = sizing.lr_factor(sum(data.sizes))
+
+    def work(data: StepData) -> StepResult:
+        return train_step(state, data, factor, measure_peaks=measure_peaks)
+
+    return until_it_fits(state, sizing, data, work)
+
+
+def until_it_fits(
+    state: StepState, sizing: Sizing, data: StepData, work: Callable[[StepData], Done]
+) -> tuple[Done, int]:
+    """Return what `work` makes of `data`, however often its micro-batches must shrink, and the
+    number of times it started over.
+
+    Raises:
+        As `whole_step`.
+    """
     if sizing.tight and not sizing.fits(data.sizes):  # planned before such a size failed
         data = recut(data, sizing.recut(sum(data.sizes))) or data
     retries = 0
     while True:
         before = _versions(data.batches)
-        result, found = attempt(train_step, state, data, factor, measure_peaks=measure_peaks)
+        result, found = attempt(work, data)
         if found is None:
             return result, retries
         data = _smaller(state, sizing, data, before, found)
@@ -86,15 +105,15 @@ def recut(data: StepData, sizes: Sequence[int]) -> StepData | None:
     """
     if any(nested.count(batch) != n for batch, n in zip(data.batches, data.sizes, strict=True)):
         return None
-    # a step that asked for the gradient of its input finds it as the loader made it
-    batches = [nested.map_leaves(batch, _detached) for batch in data.batches]
-    lengths, wanted = data.sizes, list(sizes)
+    batches, lengths, wanted = data.batches, data.sizes, list(sizes)
     if not {*itertools.accumulate(lengths)} <= {*itertools.accumulate(wanted)}:
         whole = nested.joined(*batches)
         if whole is not None and nested.count(whole) == sum(sizes):
             batches, lengths = [whole], [sum(sizes)]
         else:
             wanted = [part for n in lengths for part in cutting.split(n, max(sizes))]
+    # a step that asked for the gradient of its input finds it as the loader made it
+    batches = [nested.map_leaves(batch, _detached) for batch in batches]
     pieces: list[Any] = []
     ends = iter(wanted)
     for batch, n in zip(batches, lengths, strict=True):

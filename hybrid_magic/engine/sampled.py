@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.utils.data import (
@@ -42,7 +42,7 @@ def open_feed(loader: Any, name: str, *, workers: int | None = None, pin: bool =
         raise HybridMagicError(
             f"{name} is empty; wanted at least one batch; check its dataset (and drop_last)"
         )
-    if isinstance(loader, DataLoader) and _standard(loader):
+    if is_standard(loader):
         return SampledFeed(loader, workers, pin)
     if not hasattr(loader, "__iter__") or isinstance(loader, (torch.nn.Module, Mapping, str)):
         raise HybridMagicError(
@@ -52,9 +52,11 @@ def open_feed(loader: Any, name: str, *, workers: int | None = None, pin: bool =
     return SplitFeed(loader, name)
 
 
-def _standard(loader: DataLoader[Any]) -> bool:
+def is_standard(loader: Any) -> TypeGuard[DataLoader[Any]]:
+    """Return whether this is a DataLoader over samples that can be had by their index."""
     return (
-        not isinstance(loader.dataset, IterableDataset)
+        isinstance(loader, DataLoader)
+        and not isinstance(loader.dataset, IterableDataset)
         and type(loader.batch_sampler) is BatchSampler
         and type(loader).__iter__ is DataLoader.__iter__
     )

@@ -6,9 +6,9 @@ Everything inferred here is said in a note. Trains nothing.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,14 +25,13 @@ from . import rehearse
 from .data import StepData
 from .device import DeviceProbe
 from .gradients import NoiseProbe, family
-from .nested import count, rows
 from .optimizer_state import make_up_front, remove_unused
 from .precision import Precision
 from .prefetch import mover_for
 from .prepare import use_fast_formats
 from .progress import TrainState
 from .schedule import ScheduleClock
-from .step import StepState
+from .step_state import StepState
 from .task import Task, has_batch_statistics, infer_step
 from .transaction import Transaction
 from .undo import Undo
@@ -133,6 +132,7 @@ def open_state(
     state: TrainState,
     first: StepData,
     undo: Undo,
+    ended_by: Callable[[], BaseException | None],
 ) -> None:
     """Give `state` the step's state, for a model that is prepared; say what was chosen.
 
@@ -140,13 +140,51 @@ def open_state(
         state: the run's state, which emits the start, the notes and the first change.
         first: the first step's samples; measured on when a choice needs it, and trained on later.
         undo: takes what must be undone when the run ends.
+        ended_by: tells what is ending the run, None where nothing went wrong.
     """
+    ready = _step_state(task, config, probe, optimizer, state, first)
+    made: list[torch.Tensor] = []
+    undo.push(lambda: remove_unused(optimizer, made))
+    undo.push(lambda: ready.transaction.roll_back(ready.steps))
+    state.step_state = ready
+    undo.push(lambda: state.close_books(ended_by()))
+    runs.last_run = state.run  # from here on the person's own code is called
+    with state.interrupts.interruptible():
+        if task.precision is None:
+            ready.precision, reason = rehearse.choose_precision(
+                ready, config.precision, first, rehearses=task.rehearses
+            )
+        else:
+            ready.precision, reason = task.precision, "as before"
+    if use_fast_formats(undo, task.model, ready.precision, probe.device) and not task.adopted:
+        ready.mover = mover_for(probe.device, channels_last=True)
+    make_up_front(optimizer, made)
+    _let_skip_on_device(ready)
+    state.schedule = _schedule(task, config, state)
+    state.emit(_start(task, config, probe, optimizer, ready.precision.name, state.sizing.settings))
+    for note in task.notes:
+        state.emit(NoteRecord(note))
+    if config.precision == "auto":
+        state.emit(BatchChangeRecord(0, "auto", ready.precision.name, "precision", reason))
+    if task.rehearses and not state.sizing.replaying:
+        with state.interrupts.interruptible():
+            rehearse.size_first_step(ready, state.sizing, first)
+
+
+def _step_state(
+    task: Task,
+    config: TrainConfig,
+    probe: DeviceProbe,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    first: StepData,
+) -> StepState:
     compute = task.compute
     if compute is None:
         compute, said = infer_step(task, first.batches[0])
         task.notes.append(said)
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    ready = StepState(
+    return StepState(
         model=task.model,
         compute=compute,
         optimizer=optimizer,
@@ -157,29 +195,11 @@ def open_state(
         asked_reduction=config.reduction,
         clip=config.clip,
         batch_statistics=state.sizing.settings.batch_statistics,
-        mover=mover_for(probe.device),
-        settle=rehearse.settle_reduction,
+        mover=None if task.adopted else mover_for(probe.device),
+        settle=rehearse.settle_reduction if task.rehearses else None,
         transaction=Transaction(task.model, optimizer, params, probe.device),
+        adopted=task.adopted,
     )
-    made: list[torch.Tensor] = []
-    undo.push(lambda: remove_unused(optimizer, made))
-    undo.push(lambda: ready.transaction.roll_back(ready.steps))
-    state.step_state = ready
-    undo.push(lambda: state.close_books(undo.error))
-    runs.last_run = state.run  # from here on the person's own code is called
-    with state.interrupts.interruptible():
-        ready.precision, reason = _choose_precision(ready, config, first)
-    if use_fast_formats(undo, task.model, ready.precision, probe.device):
-        ready.mover = mover_for(probe.device, channels_last=True)
-    make_up_front(optimizer, made)
-    _let_skip_on_device(ready)
-    state.schedule = _schedule(task, config, state)
-    state.emit(_start(task, config, probe, optimizer, ready.precision.name, state.sizing.settings))
-    for note in task.notes:
-        state.emit(NoteRecord(note))
-    if config.precision == "auto":
-        state.emit(BatchChangeRecord(0, "auto", ready.precision.name, "precision", reason))
-    _measure_sizes(ready, state, first)
 
 
 def _let_skip_on_device(ready: StepState) -> None:
@@ -206,48 +226,6 @@ def _schedule(task: Task, config: TrainConfig, state: TrainState) -> ScheduleClo
     return schedule
 
 
-def _choose_precision(
-    ready: StepState, config: TrainConfig, first: StepData
-) -> tuple[Precision, str]:
-    """Return the precision of the run and why, measuring where the device does not settle it."""
-    device = ready.device.device
-    if config.precision != "auto":
-        return Precision(config.precision, device), "asked for"
-    if any(param.dtype == torch.float64 for param in ready.params):
-        return Precision("fp32", device), "computing as the weights are, in float64"
-    name, why = precisions.native(device)
-    measured = precisions.worth_measuring(device)
-    if name is None and measured is not None:
-        largest = first.batches[first.sizes.index(max(first.sizes))]
-        name, times = rehearse.faster_precision(ready, largest, measured)
-        why = f"{why}, and {times}"
-    return Precision(name or "fp32", device), f"chose {name or 'fp32'}: {why}"
-
-
-def _measure_sizes(ready: StepState, state: TrainState, first: StepData) -> None:
-    """Size the micro-batch of a model with batch statistics by passes that leave no trace.
-
-    Its first real step cannot be cut into small micro-batches, since they would change what
-    BatchNorm learns; on a device whose memory is the limit the sizes are therefore rehearsed.
-    """
-    if not ready.batch_statistics or not ready.device.late or len(first.sizes) != 1:
-        return
-    if state.sizing.replaying:
-        return
-    size, batch = first.sizes[0], first.batches[0]
-    if count(batch) != size or size < 16:
-        return
-    sizes = (max(2, size // 8), size // 4, size // 2)
-    with state.interrupts.interruptible():
-        points, failed = rehearse.measure_sizes(ready, batch, sizes)
-    if failed is not None:
-        state.sizing.ran_out(failed, 0)
-    cut = state.sizing.learn(points, size)
-    ends = list(itertools.accumulate(cut))
-    first.batches = [rows(batch, end - n, end) for n, end in zip(cut, ends, strict=True)]
-    first.sizes = list(cut)
-
-
 def _start(
     task: Task,
     config: TrainConfig,
@@ -256,6 +234,8 @@ def _start(
     precision: str,
     settings: steering.Settings,
 ) -> StartRecord:
+    held = (param for group in optimizer.param_groups for param in group["params"])
+    parameters = {id(param): param for param in (*task.model.parameters(), *held)}.values()
     return StartRecord(
         model=type(task.model).__name__,
         device=probe.name,
@@ -263,12 +243,12 @@ def _start(
         optimizer=type(optimizer).__name__,
         base_batch_size=task.feed.base,
         samples_per_epoch=task.feed.samples,
-        epochs=config.passes,
+        epochs=config.epochs if task.adopted else config.passes,
         steps=config.steps,
         minutes=config.minutes,
         memory_budget_bytes=probe.budget_bytes(config.memory),
         device_bytes=probe.total_bytes,
-        parameters=sum(parameter.numel() for parameter in task.model.parameters()),
+        parameters=sum(parameter.numel() for parameter in parameters),
         steered=settings.steered,
         max_batch_size=settings.max_batch,
         growth_factor=settings.growth_factor,

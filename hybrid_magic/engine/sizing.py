@@ -97,6 +97,20 @@ class Sizing:
     def noise_scale(self) -> float | None:
         return steering.noise_scale(self._state)
 
+    @property
+    def batch(self) -> int:
+        """Samples in a full step as things stand."""
+        return self._state.batch
+
+    @property
+    def learned(self) -> steering.State:
+        """What the policy knows: of use to another run of the same model, through `go_on`."""
+        return self._state
+
+    def go_on(self, learned: steering.State) -> None:
+        """Begin with what another run has learned."""
+        self._state = learned
+
     # -- running out of memory --
 
     def fits(self, sizes: Sequence[int]) -> bool:

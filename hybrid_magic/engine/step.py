@@ -3,14 +3,14 @@
 A step's micro-batches are weighted so that its gradient is that of the mean loss over its samples,
 however it is cut. A gradient that is not finite never reaches the weights. The host reads device
 values at most once a step, and not at all when the optimizer can be told on the device to skip.
-Knows no policy, no loader and no record.
+In a loop that is the person's the two halves, `accumulate` and `apply`, have their own statements
+between them. Knows no policy, no loader and no record.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,64 +19,9 @@ from torch import Tensor
 from ..errors import HybridMagicError
 from . import reduction
 from .data import StepData
-from .device import DeviceProbe
-from .gradients import NoiseProbe, gradient_norms
-from .precision import Precision
-from .prefetch import Mover
-from .reduction import LossWatch, Reduction
-from .transaction import Transaction
-
-Compute = Callable[[Any, Any], Any]  # (model, batch) -> loss, or (loss, {"name": value})
-
-
-@dataclass(slots=True)
-class StepState:
-    """All that a step works on; lives as long as the run.
-
-    `steps` and `samples` count what is whole, `running` is the size of the micro-batch in hand,
-    `newest` the sizes and the learning-rate factor of the last step.
-    """
-
-    model: torch.nn.Module
-    compute: Compute
-    optimizer: torch.optim.Optimizer
-    params: list[Tensor]
-    precision: Precision
-    device: DeviceProbe
-    noise: NoiseProbe
-    asked_reduction: str
-    clip: float | None
-    batch_statistics: bool
-    mover: Mover | None  # host batch -> device batch; None: it is there already
-    transaction: Transaction
-    steps: int = 0
-    samples: int = 0
-    running: int = 0
-    newest: tuple[list[int], float] = field(default_factory=lambda: ([], 1.0))
-    reduction: Reduction | None = None
-    skip_on_device: bool = False
-    may_skip_on_device: bool = False  # from the first step that was taken on
-    settle: Callable[[StepState, StepData, Reduction], Reduction] | None = None
-    scales: dict[float, Tensor] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What a step gave. `values` reads, from the device: a loss for each of `weights`, `gradients`
-    norms, those of a noise measurement (`noise`: "cut" two, "pair" three), then `names`.
-    """
-
-    sizes: list[int]
-    lr: float
-    lr_factor: float
-    values: Callable[[], list[float]]
-    weights: list[float]
-    gradients: int
-    noise: str | None
-    names: Sequence[str]
-    skipped: bool | None  # None: decided on the device, to be read with the values
-    marks: list[Any] = field(default_factory=list)
-    peaks: list[int | None] | None = None
+from .forward import forward, log, watched_forward
+from .gradients import gradient_norms
+from .step_state import Gathered, StepResult, StepState
 
 
 def train_step(
@@ -92,77 +37,105 @@ def train_step(
     Raises:
         Whatever the person's own step raises, and HybridMagicError when it returns no loss.
     """
-    mark, marks = state.device.mark, []
-    state.running = max(data.sizes)
-    state.transaction.begin(state.steps, state.precision)
-    probing = (data.probe or state.noise.waits) and state.noise.begin(state.steps)
-    paired = probing and (state.batch_statistics or len(data.batches) == 1)
-    kept = 0.0  # the weight of the first micro-batch, where its gradient was kept
-    known = state.reduction
-    weights = None if known is None else reduction.weights(known, data.batches, data.sizes)
-    losses: dict[int, Tensor] = {}
-    logged: dict[str, Tensor] = {}
-    peaks: list[int | None] | None = [] if measure_peaks else None
+    return apply(state, accumulate(state, data, measure_peaks=measure_peaks), lr_factor)
+
+
+# -- the first half: gradients --
+
+
+def accumulate(
+    state: StepState,
+    data: StepData,
+    *,
+    before: Gathered | None = None,
+    measure_peaks: bool = False,
+) -> Gathered:
+    """Return the gradients of `data`, gathered and unscaled, for `apply`.
+
+    Args:
+        before: what is in the sum already, of batches since the last step.
+    Raises:
+        As `train_step`; also HybridMagicError when some micro-batches have a loss and others none.
+    """
+    begin(state, data)
+    gathered = gather(state, data, before)
+    mark, spans = state.device.mark, gathered.spans
+    gathered.peaks = peaks = [] if measure_peaks and before is None else None
     coming, mover = data.coming, state.mover
     if mover is not None and coming is None:
         coming = mover.send(data.batches[0])
     for number, batch in enumerate(data.batches):
         if peaks is not None:
             state.device.reset_peak()
-        marks.append(mark())
+        start = gathered.since if number else mark()
         state.running, moved = data.sizes[number], batch
         if mover is not None:
             moved = mover.receive(coming)
             if number + 1 < len(data.batches):
                 coming = mover.send(data.batches[number + 1])
-        if weights is None:
-            loss, extra, found = _watched_forward(state, data, moved)
-            weights = reduction.weights(found, data.batches, data.sizes)
+        if gathered.factors is None:
+            loss, extra, found = watched_forward(state, data, moved)
+            if found is not None:
+                gathered.factors = reduction.weights(found, data.batches, data.sizes)
         else:
             loss, extra = forward(state, moved)
-        marks.append(mark())
-        if (weight := weights[number]) != 0.0:  # without a target that counts the mean is 0/0
-            backward(state, loss, weight)
-            losses[number] = loss.detach()
-        if extra:
-            _log(logged, extra, data.sizes[number] / sum(data.sizes), loss.device)
-        if probing and not paired and number == 0 and 0.0 < weight < 1.0 and state.noise.keep():
-            kept = weight
+        middle = mark()
+        if loss is None and state.adopted:
+            gathered.idle += 1
+        else:
+            add(state, gathered, number, loss)
+        if state.adopted:
+            gathered.kept.append(extra)
+        elif extra:
+            log(gathered.logged, extra, data.sizes[number] / sum(data.sizes), loss.device)
         if peaks is not None:
             peaks.append(state.device.peak()[0])
-    assert weights is not None
-    marks.append(mark())
-    result = _apply(state, data, list(losses.values()), logged, kept, paired, lr_factor)
-    marks.append(mark())
-    result.marks, result.peaks, result.weights = marks, peaks, [weights[n] for n in losses]
-    state.newest = data.sizes, lr_factor
-    state.steps, state.samples = state.steps + 1, state.samples + sum(data.sizes)  # it is whole
-    state.transaction.close()
-    return result
+        gathered.since = mark()
+        spans.append((start, middle, gathered.since))
+    return finish(state, gathered)
 
 
-def forward(state: StepState, batch: Any) -> tuple[Tensor, dict[str, Any]]:
-    """Return (loss, logged values) of the person's step on a batch that is on the device."""
-    if state.precision.mixed:
-        with state.precision.autocast():
-            result = state.compute(state.model, batch)
+def begin(state: StepState, data: StepData) -> None:
+    """Open a step on `data`: from here on it can be taken back."""
+    state.running = max(data.sizes)
+    state.transaction.begin(state.steps, state.precision, found=state.adopted)
+
+
+def gather(state: StepState, data: StepData, before: Gathered | None = None) -> Gathered:
+    """Make ready for the gradients of `data`; those that are there go into the sum at its end."""
+    found = state.adopted and state.transaction.set_aside()
+    if found:
+        state.noise.forget()
+    probing = not found and (data.probe or state.noise.waits) and state.noise.begin(state.steps)
+    gathered = Gathered(data, None, before, probing)
+    gathered.paired = probing and (state.batch_statistics or len(data.batches) == 1)
+    if before is None:
+        gathered.sizes = data.sizes
     else:
-        result = state.compute(state.model, batch)
-    return result if type(result) is tuple else (result, {})
+        gathered.sizes = [*before.sizes, *data.sizes]
+        gathered.weights, gathered.losses = list(before.weights), list(before.losses)
+        gathered.spans, gathered.ends = list(before.spans), list(before.ends)
+    if state.reduction is not None:
+        gathered.factors = reduction.weights(state.reduction, data.batches, data.sizes)
+    return gathered
 
 
-def _log(logged: dict[str, Tensor], extra: dict[str, Any], share: float, device: Any) -> None:
-    """Add `share` of each value to the step's mean of it, without reading it."""
-    for name, value in extra.items():
-        try:
-            part = torch.as_tensor(value, dtype=torch.float32, device=device).detach().mean()
-        except (TypeError, ValueError, RuntimeError):
-            raise HybridMagicError(
-                f"{name} to be logged is a {type(value).__name__}; wanted a number or a tensor; "
-                "leave it out of --log"
-            ) from None
-        part = part * share
-        logged[name] = part if name not in logged else logged[name] + part
+def add(state: StepState, gathered: Gathered, number: int, loss: Tensor) -> None:
+    """Add the gradient of micro-batch `number`, by its weight."""
+    assert gathered.factors is not None
+    weight = gathered.factors[number]
+    if weight != 0.0:  # without a target that counts the mean is 0/0
+        backward(state, loss, weight)
+        gathered.losses.append(loss.detach())
+        gathered.weights.append(weight)
+    if (
+        gathered.probing
+        and not gathered.paired
+        and number == 0
+        and 0.0 < weight < 1.0
+        and state.noise.keep()
+    ):
+        gathered.apart = weight
 
 
 def backward(state: StepState, loss: Tensor, weight: float = 1.0) -> None:
@@ -170,25 +143,6 @@ def backward(state: StepState, loss: Tensor, weight: float = 1.0) -> None:
     scaler = state.precision.scaler
     scaled = loss if scaler is None else scaler.scale(loss)
     scaled.backward(None if weight == 1.0 else _gradient(state, weight, scaled))
-
-
-def _watched_forward(
-    state: StepState, data: StepData, batch: Any
-) -> tuple[Tensor, dict[str, Any], Reduction]:
-    """Run the first forward pass of a run, learning from it how the loss is reduced."""
-    with LossWatch() as watch:
-        loss, extra = forward(state, batch)
-    reduction.check(loss)
-    if not isinstance(extra, Mapping):
-        raise HybridMagicError(
-            f"the step gave (loss, {type(extra).__name__}); wanted the loss, or (loss, a dict of "
-            "numbers to record); name what is to be recorded"
-        )
-    found = reduction.read(watch, loss, batch, state.asked_reduction)
-    if not found.certain and state.settle is not None:
-        found = state.settle(state, data, found)
-    state.reduction = found if found.certain else None  # else it is looked at again
-    return loss, extra, found
 
 
 def _gradient(state: StepState, weight: float, loss: Tensor) -> Tensor:
@@ -203,35 +157,83 @@ def _gradient(state: StepState, weight: float, loss: Tensor) -> Tensor:
     return gradient
 
 
-def _apply(
-    state: StepState,
-    data: StepData,
-    losses: list[Tensor],
-    logged: dict[str, Tensor],
-    kept: float,
-    paired: bool,
-    lr_factor: float,
-) -> StepResult:
-    """Take the optimizer step unless a gradient is not finite; clear the gradients."""
+def finish(state: StepState, gathered: Gathered) -> Gathered:
+    """Unscale the gradients, join them to those that were there, and ask for their norms.
+
+    Where nothing is to be trained `values` stays None, and the step is to be closed.
+    """
+    data = gathered.data
     state.running = max(data.sizes)  # what is left of the step is no micro-batch's
-    optimizer: Any = state.optimizer
-    scaler = state.precision.scaler
-    if scaler is not None:
-        scaler.unscale_(optimizer)
+    if gathered.idle:
+        if gathered.idle < len(data.batches):
+            raise HybridMagicError(
+                f"{gathered.idle} of {len(data.batches)} micro-batches of a batch have no loss to "
+                "be trained; wanted all of them or none; decide it for the whole batch"
+            )
+        return gathered
+    if state.precision.scaler is not None:
+        _unscale(state, gathered)
+    if state.adopted:
+        state.transaction.join()
     grads = [param.grad for param in state.params if param.grad is not None]
     if not grads:
         raise HybridMagicError(
             "the loss depends on no parameter of the model; wanted one that does; "
             "compute it from the model that is being trained"
         )
-    norms = gradient_norms(grads)
+    gathered.norms = norms = gradient_norms(grads)
     measured: list[Tensor] = []
-    noise = None
-    if paired or kept:
-        measured, noise = _measured(state, sum(data.sizes), kept, paired)
-    judged = len(losses) + len(norms)  # what must be finite
-    told = _stack([*losses, *norms, *measured, *logged.values()])
-    values = state.device.fetch(told)
+    if gathered.paired or gathered.apart:
+        measured, gathered.noise = _measured(state, gathered)
+    gathered.before = None
+    gathered.told = _stack([*gathered.losses, *norms, *measured, *gathered.logged.values()])
+    gathered.values = state.device.fetch(gathered.told)
+    if state.adopted:
+        gathered.until = state.device.mark()
+    return gathered
+
+
+def _unscale(state: StepState, gathered: Gathered) -> None:
+    """Divide the new gradients by the loss scale; what overflowed before still counts."""
+    scaler: Any = state.precision.scaler
+    scaler._per_optimizer_states.pop(id(state.optimizer), None)  # it refuses to do so twice
+    scaler.unscale_(state.optimizer)
+    stage = scaler._per_optimizer_states[id(state.optimizer)]
+    gathered.found_inf = found = stage["found_inf_per_device"]
+    if gathered.before is not None:
+        for device, earlier in gathered.before.found_inf.items():
+            found[device] = found[device] + earlier if device in found else earlier
+    if state.precision.ours:  # the plain loop leaves these scaled
+        state.transaction.unscale_others(scaler)
+
+
+def _measured(state: StepState, gathered: Gathered) -> tuple[list[Tensor], str | None]:
+    """Return the norms of a noise measurement, and of which kind they are; none on the first step
+    of a pair."""
+    if gathered.paired:
+        pair = state.noise.pair(sum(gathered.sizes))
+        return ([], None) if pair is None else (list(pair), "pair")
+    factor: float | Tensor = 1.0 / gathered.apart
+    if state.precision.scaler is not None:  # what was kept is scaled
+        one = torch.ones((), device=state.device.device)
+        factor = factor / state.precision.scaler.scale(one)
+    return list(state.noise.cut(factor)), "cut"
+
+
+# -- the second half: weights --
+
+
+def apply(state: StepState, gathered: Gathered, lr_factor: float = 1.0) -> StepResult:
+    """Take the optimizer step unless a gradient is not finite; clear gradients that are ours.
+
+    Raised from, `state.transaction.put_back` makes it possible to try again.
+    """
+    optimizer: Any = state.optimizer
+    scaler: Any = state.precision.scaler
+    losses, told, values = len(gathered.losses), gathered.told, gathered.values
+    assert told is not None
+    assert values is not None
+    judged = losses + len(gathered.norms)  # what must be finite
     skipped: bool | None = None
     read: list[float] = []
     if not state.skip_on_device:
@@ -241,43 +243,43 @@ def _apply(
         values = read.copy
     state.transaction.hold()
     if skipped:
-        if not math.isfinite(sum(read[: len(losses)])):  # a NaN in statistics would stay for ever
+        if not math.isfinite(sum(read[:losses])):  # a NaN in statistics would stay for ever
             state.transaction.keep_buffers()
     else:
         if state.clip is not None:
-            norm = torch.linalg.vector_norm(torch.stack(norms))
-            torch._foreach_mul_(grads, (state.clip / (norm + 1e-6)).clamp(max=1.0))
+            _clip(state, gathered, state.clip)
         if state.skip_on_device:
             optimizer.found_inf = (~torch.isfinite(told[:judged]).all()).float()
-            state.transaction.keep_buffers(~torch.isfinite(told[: len(losses)]).all())
-        _optimizer_step(optimizer, lr_factor)
+            state.transaction.keep_buffers(~torch.isfinite(told[:losses]).all())
+        take_step(optimizer, lr_factor)
         state.skip_on_device |= state.may_skip_on_device
     if scaler is not None:
+        scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = gathered.found_inf
         scaler.update()
     lr = float(optimizer.param_groups[0]["lr"]) * lr_factor
-    for param in state.params:
-        param.grad = None
+    if not state.adopted:
+        for param in state.params:
+            param.grad = None
+    gathered.ends.append((gathered.since, state.device.mark()))
+    state.newest = gathered.sizes, lr_factor
+    state.steps, state.samples = state.steps + 1, state.samples + sum(gathered.sizes)  # it is whole
+    state.transaction.close()
     return StepResult(
-        data.sizes, lr, lr_factor, values, [], len(norms), noise, tuple(logged), skipped
-    )
+        gathered.sizes, lr, lr_factor, values, gathered.weights, len(gathered.norms),
+        gathered.noise, tuple(gathered.logged), skipped, gathered.spans, gathered.ends,
+        gathered.peaks,
+    )  # fmt: skip
 
 
-def _measured(
-    state: StepState, size: int, kept: float, paired: bool
-) -> tuple[list[Tensor], str | None]:
-    """Return the norms of a noise measurement, and of which kind they are; none on the first step
-    of a pair."""
-    if paired:
-        pair = state.noise.pair(size)
-        return ([], None) if pair is None else (list(pair), "pair")
-    factor: float | Tensor = 1.0 / kept
-    if state.precision.scaler is not None:  # what was kept is scaled
-        one = torch.ones((), device=state.device.device)
-        factor = factor / state.precision.scaler.scale(one)
-    return list(state.noise.cut(factor)), "cut"
+def _clip(state: StepState, gathered: Gathered, most: float) -> None:
+    """Scale the gradients down to a norm of `most`; the person may have changed theirs since."""
+    grads = [param.grad for param in state.params if param.grad is not None]
+    norms = gradient_norms(grads) if state.adopted else gathered.norms
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    torch._foreach_mul_(grads, (most / (norm + 1e-6)).clamp(max=1.0))
 
 
-def _optimizer_step(optimizer: torch.optim.Optimizer, lr_factor: float) -> None:
+def take_step(optimizer: torch.optim.Optimizer, lr_factor: float = 1.0) -> None:
     """Step the optimizer once, its learning rates scaled for this step only."""
     groups = optimizer.param_groups
     found = None if lr_factor == 1.0 else [group["lr"] for group in groups]

@@ -17,10 +17,12 @@ from torch import nn
 
 from ..config import TrainConfig
 from ..errors import ConfigError, HybridMagicError
+from .checks import check_model, check_optimizer, check_scheduler, check_val
 from .data import Feed
 from .placement import choose_device
+from .precision import Precision
 from .sampled import open_feed
-from .step import Compute
+from .step_state import Compute
 
 
 @dataclass(slots=True)
@@ -37,6 +39,9 @@ class Task:
     val: Any
     names: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    adopted: bool = False  # the loop is the person's: they move data and clear gradients
+    rehearses: bool = True  # the step can be called to try something out
+    precision: Precision | None = None  # None: to be chosen
 
 
 def describe(
@@ -58,9 +63,9 @@ def describe(
     """
     called = {"model": "the model", "loader": "the loader", "val": "the validation loader"}
     called |= {"optimizer": "the optimizer"} | dict(names or {})
-    _check_model(model, called["model"])
+    check_model(model, called["model"])
     if optimizer is not None:
-        _check_optimizer(optimizer, model, called)
+        check_optimizer(optimizer, model, called)
     if step is not None and not callable(step):
         raise ConfigError(
             f"step is {step!r}; wanted a function step(model, batch) that returns the loss"
@@ -70,9 +75,9 @@ def describe(
             f"loss is a {type(loss).__name__}; wanted a criterion such as nn.CrossEntropyLoss()"
         )
     if scheduler is not None:
-        _check_scheduler(scheduler, optimizer)
+        check_scheduler(scheduler, optimizer)
     if val is not None:
-        _check_val(val, called["val"], config.epochs or 1)
+        check_val(val, called["val"], config.epochs or 1)
     if optimizer is not None and config.lr is not None:
         raise ConfigError(
             f"--lr {config.lr:g} is for a fresh AdamW, but {called['optimizer']} is used and "
@@ -91,97 +96,6 @@ def describe(
     if feed.note:
         task.notes.append(feed.note)
     return task
-
-
-def _check_model(model: Any, name: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise HybridMagicError(
-            f"{name} is a {type(model).__name__}; wanted a torch.nn.Module; name your model"
-        )
-    parameters = list(model.parameters())
-    if not any(parameter.requires_grad for parameter in parameters):
-        found = "no parameters" if not parameters else "only frozen parameters"
-        raise HybridMagicError(
-            f"{name} has {found}; wanted at least one with requires_grad=True; unfreeze what "
-            "should be trained"
-        )
-    if any(parameter.is_meta for parameter in parameters):
-        raise HybridMagicError(
-            f"{name} is on the meta device, without weights; wanted real ones; move it with "
-            "to_empty() and initialise it"
-        )
-    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in parameters):
-        raise HybridMagicError(
-            f"{name} has lazy parameters without a shape yet; wanted real ones; run one batch "
-            "through it first"
-        )
-    half = [
-        p.dtype
-        for p in parameters
-        if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)
-    ]
-    if half:
-        raise HybridMagicError(
-            f"{name} has {len(half)} parameters of {half[0]}; wanted FP32 weights, from which "
-            "mixed precision "
-            f"works; call {name if name.isidentifier() else 'model'}.float() and make its "
-            "optimizer anew"
-        )
-
-
-def _check_val(val: Any, name: str, epochs: int) -> None:
-    if not hasattr(val, "__iter__") or isinstance(val, (nn.Module, Mapping, str)):
-        raise HybridMagicError(
-            f"{name} is a {type(val).__name__}; wanted a DataLoader or an iterable of batches; "
-            "name your validation loader"
-        )
-    if hasattr(val, "__next__") and epochs > 1:
-        raise HybridMagicError(
-            f"{name} can be read only once, and is validated on after each of {epochs} epochs; "
-            "wanted something that can be read again; make it a list or a DataLoader"
-        )
-    if hasattr(val, "__len__") and len(val) == 0:
-        raise HybridMagicError(
-            f"{name} is empty; wanted at least one batch; check its dataset (and drop_last)"
-        )
-
-
-def _check_optimizer(optimizer: Any, model: nn.Module, called: Mapping[str, str]) -> None:
-    name = called["optimizer"]
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise HybridMagicError(
-            f"{name} is a {type(optimizer).__name__}; wanted a torch.optim.Optimizer"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise HybridMagicError(
-            f"{name} is LBFGS, which asks for the loss many times a step; wanted an optimizer "
-            "whose "
-            "step() needs no closure; use AdamW or SGD"
-        )
-    own = {id(parameter) for parameter in model.parameters()}
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    others = sum(id(parameter) not in own for parameter in held)
-    if others:
-        raise HybridMagicError(
-            f"{name} holds {others} of {len(held)} parameters that are not {called['model']}'s; "
-            "wanted an "
-            f"optimizer of this model; make it anew after the model: {type(optimizer).__name__}"
-            f"({called['model'] if called['model'].isidentifier() else 'model'}.parameters(), ...)"
-        )
-
-
-def _check_scheduler(scheduler: Any, optimizer: Any) -> None:
-    if not callable(getattr(scheduler, "step", None)):
-        raise HybridMagicError(
-            f"the scheduler is a {type(scheduler).__name__}; wanted one of torch.optim.lr_scheduler"
-        )
-    held = getattr(scheduler, "optimizer", optimizer)
-    if optimizer is None or held is not optimizer:
-        raise HybridMagicError(
-            "the scheduler belongs to another optimizer than the one that trains; wanted one "
-            "made with it; "
-            "name the optimizer with --optimizer, or make the scheduler anew"
-        )
 
 
 def infer_step(task: Task, batch: Any) -> tuple[Compute, str]:

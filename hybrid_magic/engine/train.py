@@ -27,7 +27,7 @@ from .progress import TrainState
 from .randomness import random_state_kept_on_error, seed_everything
 from .retry import whole_step
 from .setup import environment, make_optimizer, open_state, replayed, settings_for
-from .step import Compute
+from .step_state import Compute
 from .task import Task, describe
 from .undo import Undo
 
@@ -129,7 +129,7 @@ def _train(
                 state = TrainState(run, sink, control, interrupts, config, probe, limits, replay)
                 stream, first = _first_step(task, state)
             prepare(undo, model, optimizer, task.criterion, probe.device)
-            open_state(task, config, probe, optimizer, state, first, undo)
+            open_state(task, config, probe, optimizer, state, first, undo, lambda: undo.error)
             _loop(task, state, itertools.chain([first], stream))
             state.finish(task.val)
         finally:

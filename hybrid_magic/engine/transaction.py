@@ -3,7 +3,8 @@
 `begin` keeps the random generators and the tensors of the model that no optimizer steps (buffers:
 BatchNorm's statistics); `hold` keeps weights and optimizer state just before the optimizer changes
 them, when the activations are gone. `roll_back` puts all of it back, bit for bit, whatever ended
-the step. Knows no policy and no loader.
+the step. Gradients that were there before are set aside, never written into, and joined to the new
+ones. Knows no policy and no loader.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .device import is_out_of_memory
+from .copies import Held, Own
 from .precision import Precision
 from .randomness import StepRandom
 
@@ -41,16 +42,68 @@ class Transaction:
         self._states: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
         self._groups: list[dict[str, Any]] = []
         self._scale: list[Tensor] | None = None
+        self._others: list[Tensor] = []  # weights that get gradients and are not stepped
+        self._aside: list[tuple[Tensor, Tensor]] | None = []  # weights and the gradients they had
 
-    def begin(self, number: int, precision: Precision) -> None:
-        """Open step `number`: keep what its forward passes may change."""
+    def begin(self, number: int, precision: Precision, *, found: bool = False) -> None:
+        """Open step `number`: keep what its forward passes may change.
+
+        Args:
+            found: gradients that are there stay, until they are `set_aside`.
+        """
         self._precision = precision
+        self._aside = None if found else []
+        if self.number is not None:
+            self._random.done()  # of a batch that no step followed
+            self.number = None  # and which cannot be taken back any more
         self._random.take(number)
         if self._own is None:
             self._own = Own(self._model, self._params)
         self._own.take()
         self._holding = False
         self.number = number
+
+    def set_aside(self) -> bool:
+        """Set the gradients that are there aside; return whether any is of a weight that is
+        stepped."""
+        stepped = set(map(id, self._params))
+        self._others = [
+            param
+            for param in self._model.parameters()
+            if param.requires_grad and id(param) not in stepped
+        ]
+        aside = [
+            (param, param.grad)
+            for param in (*self._params, *self._others)
+            if param.grad is not None
+        ]
+        self._aside = aside
+        for param, _ in aside:
+            param.grad = None
+        return any(id(param) in stepped for param, _ in aside)
+
+    def join(self) -> None:
+        """Add the gradients that were set aside to the new ones, in these."""
+        new: list[Tensor] = []
+        old: list[Tensor] = []
+        for param, found in self._aside or ():
+            if param.grad is None:
+                param.grad = found
+            elif param.grad.is_sparse or found.is_sparse:
+                param.grad = param.grad + found
+            else:
+                new.append(param.grad)
+                old.append(found)
+        if new:
+            with torch.no_grad():
+                torch._foreach_add_(new, old)
+
+    def unscale_others(self, scaler: Any) -> None:
+        """Divide the new gradients of weights that are not stepped by the loss scale, too: the
+        person may clip by all of them."""
+        grads = [param.grad for param in self._others if param.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, scaler._scale.reciprocal())
 
     def hold(self) -> None:
         """Keep what the optimizer and the scaler are about to change."""
@@ -78,6 +131,15 @@ class Transaction:
         self.number = None
         self._stepped.drop()
         self._random.done()
+        self._aside = []
+
+    def put_back(self) -> None:
+        """Undo what was done since `hold`: the gradients stay. The next copies go to the host."""
+        with torch.no_grad():
+            if self._holding:
+                self._put_back_optimizer()
+        self._holding = False
+        self._stepped.leave_device()
 
     def roll_back(self, done: int) -> None:
         """Undo the open step unless it is among the `done` first ones, which are whole.
@@ -86,8 +148,11 @@ class Transaction:
         """
         if self.number != done:
             return
-        for param in self._params:
-            param.grad = None
+        if self._aside is not None:
+            for param in (*self._params, *self._others):
+                param.grad = None
+            for param, found in self._aside:
+                param.grad = found
         with torch.no_grad():
             if self._holding:
                 self._put_back_optimizer()
@@ -115,129 +180,3 @@ class Transaction:
         if scaler is not None and self._scale is not None:
             scaler._scale.copy_(self._scale[0])
             scaler._growth_tracker.copy_(self._scale[1])
-
-
-class Held:
-    """Copies of tensors, one flat piece for each device and dtype.
-
-    On the host the pieces are made once; on an accelerator anew each time, where activations were,
-    and `drop` gives them back. Where the device has no room they go to the host, slowly.
-    """
-
-    def __init__(self) -> None:
-        self._at: list[int] | None = None
-        self._views: list[list[Tensor]] = []
-        self._flat: list[Tensor | None] = []
-        self._odd: list[tuple[Tensor, Tensor]] = []  # not one dense piece: copied one by one
-        self._no_room = False
-
-    def take(self, tensors: Sequence[Tensor]) -> None:
-        """Copy `tensors` as they are now."""
-        try:
-            at = list(map(Tensor.data_ptr, tensors))
-        except RuntimeError:  # a sparse tensor has no one place
-            at = None
-        if at is None or at != self._at or self._odd:
-            self._arrange(tensors)
-            self._at = at
-        for number, views in enumerate(self._views):
-            self._flat[number] = self._joined(views, self._flat[number])
-
-    def _arrange(self, tensors: Sequence[Tensor]) -> None:
-        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        self._odd = []
-        for tensor in tensors:
-            flat = _flat_view(tensor)
-            if flat is None:
-                self._odd.append((tensor, tensor.detach().clone()))
-            elif flat.numel():
-                groups.setdefault((tensor.device, tensor.dtype), []).append(flat)
-        self._views = list(groups.values())
-        self._flat = [None] * len(self._views)
-
-    def _joined(self, views: list[Tensor], flat: Tensor | None) -> Tensor:
-        if views[0].device.type == "cpu":
-            return torch.cat(views) if flat is None else torch.cat(views, out=flat)
-        if not self._no_room:
-            try:
-                return torch.cat(views)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-            self._no_room = True
-        return torch.cat([view.cpu() for view in views])
-
-    def put_back(self, where: Tensor | None = None) -> None:
-        """Write the copies back, or only if the 0-dim bool tensor `where` is true."""
-        for views, flat in zip(self._views, self._flat, strict=True):
-            if flat is None:
-                continue
-            if where is not None:
-                flat = torch.where(where, flat.to(views[0].device), torch.cat(views))
-            torch._foreach_copy_(views, list(flat.split([view.numel() for view in views])))
-        for tensor, copy in self._odd:
-            tensor.copy_(copy if where is None else torch.where(where, copy, tensor))
-
-    def drop(self) -> None:
-        """Give back the memory of copies on an accelerator."""
-        for number, views in enumerate(self._views):
-            if views[0].device.type != "cpu":
-                self._flat[number] = None
-
-
-def _flat_view(tensor: Tensor) -> Tensor | None:
-    """Return the tensor's memory as one row, None where it is not one dense piece."""
-    tensor = tensor.detach()
-    if tensor.layout != torch.strided:
-        return None
-    if tensor.is_contiguous():
-        return tensor.view(-1)
-    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-    return None
-
-
-class Own:
-    """The tensors of a model that no optimizer steps: its buffers, and frozen weights.
-
-    All are copied for every step, since what a step writes into cannot be seen (BatchNorm and
-    `.data` do not count versions); buffers may be replaced and registered by a step, too. Frozen
-    weights only up to twice what is trained: an averaged teacher is as large as its student, a
-    frozen backbone far larger, and no step changes it.
-    """
-
-    def __init__(self, model: nn.Module, stepped: Sequence[Tensor]) -> None:
-        ids = set(map(id, stepped))
-        self._places = [module._buffers for module in model.modules()]
-        self._frozen = [param for param in model.parameters() if id(param) not in ids]
-        if sum(map(Tensor.numel, self._frozen)) > 2 * sum(map(Tensor.numel, stepped)):
-            self._frozen = []
-        self._seen: list[dict[str, Tensor | None] | None] = []
-        self._held = Held()
-
-    def take(self) -> None:
-        self._seen = [dict(place) if place else None for place in self._places]
-        tensors: list[Tensor | None] = list(self._frozen)
-        for found in self._seen:
-            if found:
-                tensors += found.values()
-        if tensors:
-            self._held.take([tensor for tensor in tensors if tensor is not None])
-
-    def put_back(self) -> None:
-        for place, found in zip(self._places, self._seen, strict=False):
-            if place or found:
-                place.clear()
-                place.update(found or {})
-        self._held.put_back()
-
-    def keep(self, where: Tensor) -> None:
-        """Write back the values of the step's start if `where` is true; nothing without buffers."""
-        if not any(self._seen):
-            return
-        self._held.put_back(where)
-        for place, found in zip(self._places, self._seen, strict=True):
-            for name, old in (found or {}).items():
-                new = place.get(name)
-                if new is not old and new is not None and old is not None:  # the step replaced it
-                    place[name] = torch.where(where, old, new)

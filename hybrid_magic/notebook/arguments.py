@@ -16,6 +16,7 @@ from typing import Any
 from ..config import TrainConfig, flag_of
 from ..errors import ConfigError
 
+EXPLAIN = "--explain"
 OPTIONS = {flag_of(item): item for item in dataclasses.fields(TrainConfig)}
 
 
@@ -74,6 +75,12 @@ def read(line: str) -> Line:
     return found
 
 
+def without_explain(line: str) -> tuple[bool, str]:
+    """Return whether the line asks only to `--explain`, and the rest of it."""
+    words = line.split()
+    return EXPLAIN in words, " ".join(word for word in words if word != EXPLAIN)
+
+
 def check(line: Line) -> TrainConfig:
     """Return the config of the line's options.
 
@@ -89,11 +96,15 @@ def help_text(magic: str) -> str:
         f"%%{magic} [MODEL] [LOADER] [options]",
         "",
         "Train the model that the notebook holds as a hybrid of mixed precision, gradient",
-        "accumulation and adaptive batch scaling. The cell is the forward pass of one step:",
-        "`batch` is what the loader yields, on the device; leave the loss in `loss`. An empty",
-        f"cell, or the line magic %{magic}, infers the step. MODEL and LOADER are names; left",
-        "out, the one model and the one DataLoader of the notebook are taken (of several",
-        "loaders, train*).",
+        "accumulation and adaptive batch scaling. The cell is one of three:",
+        "- the training loop that you have, with its loss.backward() and optimizer.step(), at top",
+        "  level or in functions: it runs as written, its steps on the hybrid engine",
+        "- the forward pass of one step: `batch` is what the loader yields, on the device; leave",
+        "  the loss in `loss`",
+        f"- nothing (or the line magic %{magic}): the step is inferred",
+        "MODEL and LOADER are names; left out, the one model and the one DataLoader of the",
+        "notebook are taken (of several loaders, train*); a loop names its own.",
+        f"{EXPLAIN} says what would be done with the cell, and runs nothing.",
         "",
         "Options:",
     ]
@@ -108,7 +119,7 @@ def complete(text: str, namespace: Mapping[str, Any]) -> list[str]:
     """Return completions of the last word of a magic's line: options, their choices, or names."""
     before, last = ["", *text.replace("=", " ").split(" ")][-2:]
     if last.startswith("-"):
-        return [flag for flag in OPTIONS if flag.startswith(last)]
+        return [flag for flag in (*OPTIONS, EXPLAIN) if flag.startswith(last)]
     item = OPTIONS.get(before)
     if item is not None and not isinstance(item.default, bool):
         choices = [choice for choice in item.metadata["metavar"].split("|") if choice.islower()]

@@ -1,4 +1,4 @@
-"""A cell's text: which form it is, and the step function that it makes.
+"""A cell's text, parsed, and the step function that it makes.
 
 The text goes through IPython's own transforms first, so that `%` and `!` lines work, and is
 compiled under the cell's own name with the person's own line numbers, so that tracebacks and
@@ -8,41 +8,76 @@ compiled under the cell's own name with the person's own line numbers, so that t
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from ..engine.step import Compute
+from ..adopt.names import binds, bound, own_scope
 from ..errors import HybridMagicError
+
+if TYPE_CHECKING:
+    from ..engine.step_state import Compute
 
 _FUNCTION = "step"
 _MODEL = "_hybrid_model"  # a name that no notebook has: the person's own `model` stays theirs
 _FIRST_LINE = 2  # the magic's line is the first of the cell
 _INDENT = "    "
-_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 
 
-def make_step(shell: Any, cell: str, log: Sequence[str], line: str) -> Compute | None:
-    """Return `step(model, batch)` made of the cell's text, None for a bare cell.
+@dataclass
+class Cell:
+    """A cell under the magic's `line`; `tree` has the lines of its `text`, the first of which is
+    the notebook's second."""
+
+    raw: str
+    line: str
+    text: str
+    tree: ast.Module
+
+    def named(self, shell: Any, shown: str) -> str:
+        """Return the name under which tracebacks find `shown`, the text that they show."""
+        number = len(shell.history_manager.input_hist_parsed) - 1  # of the cell that is running
+        return shell.compile.cache(
+            shown, number, raw_code=f"%%hybrid_train {self.line}\n{self.raw}"
+        )
+
+
+def read_cell(shell: Any, cell: str, line: str) -> Cell:
+    """Return a cell, its `%` and `!` lines transformed.
+
+    Raises:
+        SyntaxError: as the person's own cell would raise it.
+    """
+    text = transformed(shell.transform_cell, cell)
+    found = Cell(cell, line, text, ast.Module([], []))
+    with contextlib.suppress(SyntaxError):
+        found.tree = ast.parse(text)
+        return found
+    found.tree = _parse(text, found.named(shell, f"%%hybrid_train {line}\n{text}"))
+    return found
+
+
+def transformed(transform: Callable[[str], str], cell: str) -> str:
+    """Return a cell transformed, with the blank lines at its head that IPython takes away."""
+    head = len(cell) - len(cell.lstrip())
+    return "\n" * cell[:head].count("\n") + transform(cell)
+
+
+def make_step(shell: Any, cell: Cell, log: Sequence[str]) -> Compute | None:
+    """Return `step(model, batch)` made of a cell's text, None for a bare cell.
 
     Args:
         shell: the running InteractiveShell; its namespace holds the names that the text uses.
-        cell: the text under the magic's line.
         log: names to be read from the body, beside the loss.
-        line: the magic's own line, shown above the text in tracebacks.
     Raises:
-        HybridMagicError: a training loop, a step without a loss, a name that cannot be logged.
-        SyntaxError: as the person's own cell would raise it.
+        HybridMagicError: a step without a loss, a name that cannot be logged.
     """
-    text = shell.transform_cell(cell)
-    shown = "\n".join([_head(line), *(_INDENT + row for row in text.splitlines()), ""])
-    number = len(shell.history_manager.input_hist_parsed) - 1  # of the cell that is running
-    filename = shell.compile.cache(shown, number, raw_code=f"%%hybrid_train {line}\n{cell}")
-    tree = _parse(text, filename)
+    tree = cell.tree
     if not tree.body:
         return None
-    _refuse_loop(tree)
     _refuse_accumulators(tree)
-    assigned = _assigned(tree)
+    assigned = bound(tree)
     last = tree.body[-1]
     if "loss" not in assigned:
         if not isinstance(last, ast.Expr):
@@ -59,30 +94,18 @@ def make_step(shell: Any, cell: str, log: Sequence[str], line: str) -> Compute |
                 f"--log {name}: the cell assigns no {name}; wanted a name it assigns; check its "
                 "spelling"
             )
-    return _compile(tree, log, filename, shell.user_ns)
-
-
-def _refuse_loop(tree: ast.Module) -> None:
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr == "backward"
-        ):
-            raise HybridMagicError(
-                f"{_line_of(node)}: {ast.unparse(node)} makes this a training loop, which this "
-                "version does not take over yet; wanted the forward pass of one step; keep the "
-                "lines that compute loss from batch, and name epochs with --epochs"
-            )
+    rows = (_INDENT + row for row in cell.text.splitlines())
+    shown = "\n".join([_head(cell.line), *rows, ""])
+    return _compile(tree, log, cell.named(shell, shown), shell.user_ns)
 
 
 def _refuse_accumulators(tree: ast.Module) -> None:
     """Refuse `running += loss.item()` of a notebook name: the step's names are the step's own."""
     known = {"batch"}
-    for node in _own_scope(tree):
-        known |= _binds(node)
+    for node in own_scope(tree):
+        known |= binds(node)
         if isinstance(node, (ast.AugAssign, ast.Assign)):
-            for name in _assigned(node) & _read(node) - known:
+            for name in bound(node) & _read(node) - known:
                 raise HybridMagicError(
                     f"{_line_of(node)}: {name} is changed but belongs to the notebook, and a "
                     "step's names are its own; wanted a number of this step; assign it and record "
@@ -90,49 +113,17 @@ def _refuse_accumulators(tree: ast.Module) -> None:
                 )
 
 
-def _own_scope(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield what runs in the step's own scope, in the order of the text: no body of a function,
-    no variable of a comprehension.
-    """
-    yield node
-    if isinstance(node, _SCOPES):
-        return
-    for child in ast.iter_child_nodes(node):
-        if not (isinstance(node, ast.comprehension) and child is node.target):
-            yield from _own_scope(child)
-
-
-def _assigned(node: ast.AST) -> set[str]:
-    """Return the names that `node` and what is in it give a value in the step's own scope."""
-    return set().union(*map(_binds, _own_scope(node)))
-
-
-def _binds(node: ast.AST) -> set[str]:
-    match node:
-        case ast.Name(id=name, ctx=ast.Store()):
-            return {name}
-        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-            return {name}
-        case ast.alias(name=name, asname=other):
-            return {other or name.partition(".")[0]}
-        case ast.ExceptHandler(name=str(name)) | ast.MatchAs(name=str(name)):
-            return {name}
-        case ast.Global(names=names):
-            return set(names)
-    return set()
-
-
 def _read(node: ast.AugAssign | ast.Assign) -> set[str]:
     """Return the names that an assignment reads before it assigns."""
     if isinstance(node, ast.AugAssign):
-        return _assigned(node.target)
+        return bound(node.target)
     local = {
         name
         for inner in ast.walk(node.value)
         if isinstance(inner, ast.comprehension)
-        for name in _assigned(inner.target)
+        for name in bound(inner.target)
     }
-    names = (inner for inner in _own_scope(node.value) if isinstance(inner, ast.Name))
+    names = (inner for inner in own_scope(node.value) if isinstance(inner, ast.Name))
     return {name.id for name in names if isinstance(name.ctx, ast.Load)} - local
 
 

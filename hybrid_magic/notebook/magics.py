@@ -10,13 +10,18 @@ import os
 import pathlib
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 
 from .. import run as runs
 from ..errors import HybridMagicError
 from . import arguments, free
+
+if TYPE_CHECKING:
+    from ..config import TrainConfig
+    from .adopted import Loops
+    from .cell import Cell
 
 MAGICS = ("hybrid_train", "hybrid_free")
 _TRAINING = ("hybrid_train",)  # take a model, a loader and options
@@ -37,9 +42,9 @@ Interrupted.__name__ = Interrupted.__qualname__ = "KeyboardInterrupt"  # what fr
 def register(shell: Any) -> None:
     """Register the magics and their completions with an InteractiveShell."""
 
-    def hybrid_train(line: str, cell: str | None = None) -> None:
+    def hybrid_train(line: str, cell: str | None = None) -> Any:
         __tracebackhide__ = True
-        train(shell, line, cell)
+        return train(shell, line, cell)
 
     hybrid_train.__doc__ = arguments.help_text("hybrid_train")
     shell.register_magic_function(hybrid_train, "line_cell")
@@ -68,16 +73,39 @@ def _empty_cell_as_line(lines: list[str]) -> list[str]:
     return [lines[0][1:]] if words and words[0] in {"%%" + name for name in MAGICS} else lines
 
 
-def train(shell: Any, line: str, cell: str | None) -> None:
-    """Run `%%hybrid_train`: read the line, take what it names, train, and show the run."""
+def train(shell: Any, line: str, cell: str | None) -> Any:
+    """Run `%%hybrid_train`: read the line, take what the cell names, train, and show the run.
+
+    Returns the value of the cell's last expression, None where the cell is a step.
+    """
     __tracebackhide__ = True  # IPython leaves such frames out of what it shows
+    from .cell import read_cell
+    from .loopform import form_of
+
+    explain, line = arguments.without_explain(line)
+    read = _or_one_line(lambda: arguments.read(line))
+    config = _or_one_line(lambda: arguments.check(read))
+    text = _or_one_line(lambda: read_cell(shell, cell or "", line))
+    if explain:
+        from .loopform import explained
+
+        return explained(shell, text)
+    form = _or_one_line(lambda: form_of(shell, text, read))
+    if form is not None:
+        loops = _loops(shell)
+        loops.begin()
+        return _trained(shell, lambda: form.run(config, loops), loops.end, config.o)
+    return _train_step(shell, read, config, text)
+
+
+def _train_step(shell: Any, read: arguments.Line, config: TrainConfig, cell: Cell) -> Any:
+    """Train with the step that a cell writes, or with the one that is inferred."""
+    __tracebackhide__ = True
     from ..engine.train import train as run_training
     from . import capture, live
     from .cell import make_step
 
-    read = _or_one_line(lambda: arguments.read(line))
-    config = _or_one_line(lambda: arguments.check(read))
-    step = _or_one_line(lambda: make_step(shell, cell or "", config.log or (), line))
+    step = _or_one_line(lambda: make_step(shell, cell, config.log or ()))
     taken = _or_one_line(lambda: capture.capture(read, shell.user_ns, bare=step is None))
     if config.log and step is None:
         raise UsageError(
@@ -85,9 +113,14 @@ def train(shell: Any, line: str, cell: str | None) -> None:
         )
     before = runs.last_run
     view = live.open_view(plain=config.plain)
-    interrupted = False
-    mistake: str | None = None
-    try:
+
+    def close(error: BaseException | None) -> None:
+        run = runs.last_run if runs.last_run is not before else None
+        mistaken = isinstance(error, HybridMagicError)
+        view.close(run if not mistaken or (run is not None and run.steps) else None)
+
+    def work() -> None:
+        __tracebackhide__ = True
         run_training(
             taken.model,
             taken.loader,
@@ -102,21 +135,59 @@ def train(shell: Any, line: str, cell: str | None) -> None:
             found=taken.found,
             **{name: value for name, value in read.options.items() if name not in capture.ROLES},
         )
-    except KeyboardInterrupt:
-        interrupted = True
+
+    return _trained(shell, work, close, config.o)
+
+
+def _trained(
+    shell: Any,
+    work: Callable[[], Any],
+    close: Callable[[BaseException | None], object],
+    name: str | None,
+) -> Any:
+    """Return what `work` returns; whatever ends it, `close` it and put the Run into `name`."""
+    __tracebackhide__ = True
+    before = runs.last_run
+    ended: BaseException | None = None
+    mistake: str | None = None
+    result = None
+    try:
+        result = work()
+    except KeyboardInterrupt as error:
+        ended = error
     except HybridMagicError as error:
-        mistake = str(error)
+        ended, mistake = error, str(error)
     except Exception as error:  # noqa: BLE001 - goes on, less our frames (a bare raise keeps them)
+        ended = error
         raise _theirs(error)  # noqa: B904
     finally:
+        close(ended)
         run = runs.last_run if runs.last_run is not before else None
-        view.close(run if mistake is None or (run is not None and run.steps) else None)
-        if config.o is not None and run is not None:
-            shell.user_ns[config.o] = run
+        if name is not None and run is not None:
+            shell.user_ns[name] = run
+        interrupted = isinstance(ended, KeyboardInterrupt) and type(ended).__name__ != "Stopped"
+        ended = None  # it holds this frame
     if mistake is not None:
         raise UsageError(mistake)
     if interrupted:
         raise Interrupted(_ENDED if run is not None else "nothing had been trained")
+    return result
+
+
+def _loops(shell: Any) -> Loops:
+    """Return the loops of this notebook that were taken over."""
+    from .adopted import Loops
+
+    def ended(end: Callable[[BaseException | None], Any]) -> None:
+        def after_cell(result: Any = None) -> None:
+            shell.events.unregister("post_run_cell", after_cell)
+            end(getattr(result, "error_in_exec", None))
+
+        shell.events.register("post_run_cell", after_cell)
+
+    if not hasattr(shell, "_hybrid_loops"):
+        shell._hybrid_loops = Loops(ended)
+    return shell._hybrid_loops
 
 
 def _or_one_line(work: Callable[[], Any]) -> Any:

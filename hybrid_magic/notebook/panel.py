@@ -33,10 +33,11 @@ class Panel:
         self._live, self._why = W.HTML(), W.HTML()
         self._settings = self._make_settings()
         self._pause, self._actions = self._make_actions()
-        self._deaf = W.HTML(f"<i>{escape(why_deaf)}</i>" if why_deaf else "")
-        for widget in (*self._settings, *self._actions):
-            widget.disabled = why_deaf is not None
-        wrap = W.Layout(flex_flow="row wrap", margin="8px 0 4px 0")
+        self._said = W.HTML()
+        if why_deaf is not None:
+            self.deafen(why_deaf)
+        wrap = W.Layout(flex_flow="row wrap", grid_gap="0 20px", margin="8px 0 4px 0")
+        pairs = [W.HBox(self._actions[:2]), W.HBox(self._actions[2:])]
         grid = W.Layout(
             grid_template_columns="repeat(auto-fit, minmax(300px, 1fr))",
             grid_gap="0 24px",
@@ -45,9 +46,9 @@ class Panel:
         self._box = W.VBox(
             [
                 self._live,
-                W.HBox(self._actions, layout=wrap),
+                W.HBox(pairs, layout=wrap),
                 W.GridBox(self._settings, layout=grid),
-                self._deaf,
+                self._said,
                 self._why,  # last: it grows, and controls must not move under the hand
             ],
             layout=W.Layout(width="100%", max_width="1200px", padding="4px 8px", overflow="hidden"),
@@ -74,8 +75,22 @@ class Panel:
         if self._pause.description != label:
             self._pause.description, self._pause.icon = label, icon
         if scene.stopping and not self._pause.disabled:
-            for widget in (*self._settings, *self._actions):
-                widget.disabled = True
+            self._disable()
+
+    def say(self, words: str) -> None:
+        """Show a sentence under the controls, or none."""
+        said = f"<i>{escape(words)}</i>" if words else ""
+        if self._said.value != said:
+            self._said.value = said
+
+    def deafen(self, why: str) -> None:
+        """Disable the controls for good, and say why they cannot act."""
+        self.say(why)
+        self._disable()
+
+    def _disable(self) -> None:
+        for widget in (*self._settings, *self._actions):
+            widget.disabled = True
 
     def close(self) -> None:
         """Close every widget, so that none is left alive in kernel or page."""
@@ -124,6 +139,8 @@ class Panel:
         sizes = [(q.count(base * times), base * times) for times in (1, 2, 4, 8, 16, 32, 64)]
         accum = [("auto", _GIVEN_BACK), *((str(count), count) for count in _COUNTS)]
         largest = [("as set", _GIVEN_BACK), *sizes]
+        unsized = "" if start.device_bytes else "This device does not tell how much memory it has"
+        kept = "" if start.steered else "The batch is kept: nothing here waits for a stable loss"
         return [
             self._setting(
                 W.Dropdown,
@@ -143,7 +160,8 @@ class Panel:
                 W.FloatSlider,
                 "memory",
                 "Memory mark",
-                "High-water mark: the fraction of the device's memory that may be used",
+                unsized or "High-water mark: the fraction of the device's memory that may be used",
+                disabled=bool(unsized),
                 **_slider(0.05, 1.0, 0.01, ceiling, ".2f"),
             ),
             self._setting(
@@ -164,7 +182,8 @@ class Panel:
                 W.FloatLogSlider,
                 "stability_threshold",
                 "Stable below",
-                "The relative spread of the loss under which it counts as stable",
+                kept or "The relative spread of the loss under which it counts as stable",
+                disabled=bool(kept),
                 **_slider(-3, 1, 0.1, start.stability_threshold or 0.25, ".3g"),
             ),
         ]
@@ -189,10 +208,13 @@ def _live_html(scene: Scene, now: float) -> str:
     fraction = scene.fraction(now)
     part = "" if fraction is None else q.share(math.floor(fraction * 100) / 100)
     done = 0.0 if fraction is None else 100 * fraction
+    where = ", ".join(
+        f'<span style="white-space:nowrap">{escape(said)}</span>' for said in scene.progress(now)
+    )
     return (
         '<div style="line-height:1.5"><div data-hybrid-magic="status" '
         'style="display:flex;flex-wrap:wrap;gap:0 12px">'
-        f"<b>{escape(scene.state())}</b><span>{escape(scene.progress(now))}</span></div>"
+        f"<b>{escape(scene.state())}</b><span>{where}</span></div>"
         f'<div role="progressbar" aria-valuemin="0" aria-valuemax="100" aria-valuenow="{done:.0f}" '
         f'aria-label="Progress {part}" style="height:6px;border-radius:3px;margin:4px 0 10px;'
         'background:rgba(128,128,128,.25)"><div style="height:6px;border-radius:3px;'
@@ -206,10 +228,10 @@ def _why_html(scene: Scene) -> str:
     said = []
     why = scene.why()
     if why:
-        said.append(f"<b>Last decision</b>, {escape(why)}")
+        said.append(f"<b>Last decision</b>, {escape(q.unbroken(why))}")
     if scene.validation is not None:
         numbers = ", ".join(
-            f"{name} {q.value(n)}"
+            f"{name}\N{NO-BREAK SPACE}{q.value(n)}"
             for name, n in scene.validation.metrics.items()
             if name != "epoch"
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import signal
 import threading
 import time
@@ -93,10 +94,10 @@ class Pump:
             self._stop(error)
         finally:
             self._inside = False
-            self.due = time.monotonic() + self.every_s
+            self.due = time.monotonic() + self.every_s if self.why is None else math.inf
 
     def _stop(self, error: Exception) -> None:
-        self.due = float("inf")
+        self.due = math.inf
         self.why = (
             "live controls are off, training is not affected: this kernel does not let messages in "
             f"while a cell runs ({type(error).__name__}: {error})"

@@ -106,8 +106,8 @@ class Scene:
             "Training" if self.last is not None else "Getting ready: the first step is on its way"
         )
 
-    def progress(self, now: float) -> str:
-        """Return where the run is: epoch 2 of 3, step 340, 1,300 samples/s, 12 s so far, ..."""
+    def progress(self, now: float) -> list[str]:
+        """Return where the run is: "epoch 2 of 3", "step 340", "1,300 samples/s", "12 s so far"."""
         parts = []
         per_epoch = self.start.samples_per_epoch
         if self.last is not None:
@@ -125,7 +125,7 @@ class Scene:
         left = None if self.paused else self.remaining_s()
         if left is not None:
             parts.append(f"about {_calm(max(1.0, left))} to go")
-        return ", ".join(parts)
+        return parts
 
     def why(self) -> str | None:
         """Return why the last decision was taken, None before the first."""

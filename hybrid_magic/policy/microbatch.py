@@ -223,11 +223,11 @@ def step_seconds(
 
 
 def peak_clause(state: MicroState, size: int) -> str:
-    """Return ", peak 5.1 of 14.7 GiB" for a micro-batch of `size`, nothing where not known."""
+    """Return ", peak 5.1 GiB of 14.7 GiB" for a micro-batch of `size`, nothing where not known."""
     peak = predicted_peak(state, size)
     if peak is None or state.budget_bytes is None:
         return ""
-    return f", peak {peak / 2**30:.3g} of {state.budget_bytes / 2**30:.3g} GiB"
+    return f", peak {peak / 2**30:.3g} GiB of {state.budget_bytes / 2**30:.3g} GiB"
 
 
 def _candidates(state: MicroState, limit: int) -> list[int]:
@@ -290,4 +290,4 @@ def _memory_clause(state: MicroState) -> str:
         return f"{state.failed} ran out of memory"
     if state.budget_bytes is None:
         return "more does not fit"
-    return f"memory, peak {highest / 2**30:.3g} of {state.budget_bytes / 2**30:.3g} GiB"
+    return f"memory, peak {highest / 2**30:.3g} GiB of {state.budget_bytes / 2**30:.3g} GiB"

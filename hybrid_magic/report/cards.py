@@ -38,7 +38,7 @@ def cards(trace: Trace, start: StartRecord, changes: Iterable[BatchChangeRecord]
             _time_card(frame, buckets),
         ]
     else:  # as high as they will be, so that nothing below moves when they come
-        each = [_card(title, "", "", ()) for title in ("Loss", "Memory", "Batch", "Step")]
+        each = [_card(title, "", "", ()) for title in ("Loss", "Memory", "Batch", "Time per step")]
     return (
         '<div style="display:grid;grid-template-columns:repeat(auto-fit,minmax(138px,1fr));'
         'gap:10px 16px;line-height:1.4">' + "".join(each) + "</div>"
@@ -50,9 +50,13 @@ class _Frame:
 
     def __init__(self, first: int, last: int) -> None:
         self._first, self._scale = first, WIDTH / max(1, last - first)
+        self._known: dict[float, str] = {}  # all curves have the same few steps
 
-    def x(self, step: float) -> float:
-        return (step - self._first) * self._scale
+    def x(self, step: float) -> str:
+        known = self._known.get(step)
+        if known is None:
+            known = self._known[step] = f"{min(WIDTH, (step - self._first) * self._scale):.0f}"
+        return known
 
     def line(self, points: Curve, low: float, high: float, colour: str, extra: str = "") -> str:
         """Return a polyline; a single point becomes a short dash that can be seen."""
@@ -64,21 +68,26 @@ class _Frame:
             if len(points) > 1
             else [*points, (points[0][0] + WIDTH / self._scale, points[0][1])]
         )
-        path = " ".join(f"{self.x(x):.0f},{HEIGHT - 2 - (y - low) * scale:.1f}" for x, y in ends)
+        at = self.x
+        path = " ".join([f"{at(x)},{HEIGHT - 2 - (y - low) * scale:.1f}" for x, y in ends])
         return (
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8" '
             f'vector-effect="non-scaling-stroke" {extra}/>'
         )
 
-    def area(self, floor: Curve, ceiling: Curve, high: float, colour: str) -> str:
-        scale = (HEIGHT - 2) / (high or 1.0)
-        there = [f"{self.x(x):.0f},{HEIGHT - y * scale:.0f}" for x, y in ceiling]
-        back = [f"{self.x(x):.0f},{HEIGHT - y * scale:.0f}" for x, y in reversed(floor)]
-        return f'<polygon points="{" ".join(there + back)}" fill="{colour}"/>'
+    def area(self, ceiling: Curve, high: float, colour: str) -> str:
+        """Return what lies under a curve, down to nothing."""
+        at, scale = self.x, (HEIGHT - 2) / (high or 1.0)
+        points = " ".join([f"{at(x)},{HEIGHT - y * scale:.0f}" for x, y in ceiling])
+        ends = f"{at(ceiling[-1][0])},{HEIGHT:.0f} {at(ceiling[0][0])},{HEIGHT:.0f}"
+        return f'<polygon points="{points} {ends}" fill="{colour}"/>'
 
 
-def _card(title: str, now: str, drawing: str, key: Sequence[tuple[str, str]]) -> str:
-    name, number = escape(title), escape(now)
+def _card(
+    title: str, now: str, drawing: str, key: Sequence[tuple[str, str]], beside: str = ""
+) -> str:
+    """Return a card; `beside` stands after the number `now`, in lighter letters."""
+    name, number, rest = escape(title), escape(now), escape(beside)
     names = "".join(
         f'<span style="white-space:nowrap"><span style="color:{colour}">■</span> '
         f'<span style="opacity:.8">{said}</span></span>'
@@ -86,9 +95,9 @@ def _card(title: str, now: str, drawing: str, key: Sequence[tuple[str, str]]) ->
     )
     return (
         f'<div style="min-width:0"><div style="opacity:.75">{name}</div>'
-        f'<b style="display:block;min-height:1.4em;white-space:nowrap">{number}</b>'
+        f'<div style="min-height:1.4em;white-space:nowrap"><b>{number}</b>{rest}</div>'
         f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{name}: {number}" style="display:block;width:100%;height:64px;'
+        f'aria-label="{name}: {number}{rest}" style="display:block;width:100%;height:64px;'
         f'border-bottom:1px solid {FAINT}">{drawing}</svg>'
         '<div style="font-size:11px;min-height:2.8em;display:flex;flex-wrap:wrap;'
         'align-content:start;gap:0 8px">'
@@ -120,7 +129,9 @@ def _memory_card(frame: _Frame, buckets: Sequence[Bucket], start: StartRecord) -
     reserved = [(b.step, float(b.reserved_bytes)) for b in buckets if b.reserved_bytes is not None]
     if not allocated and not reserved:
         return _card("Memory", "no reading", "", ())
-    now = (allocated or reserved)[-1][1]
+    now, last = (allocated or reserved)[-1][1], buckets[-1].step
+    for readings in filter(None, (allocated, reserved)):
+        readings.append((last, readings[-1][1]))  # read now and then, and drawn to the edge
     budget = start.memory_budget_bytes
     high = max(y for _, y in allocated + reserved) * 1.1
     drawing = frame.line(reserved, 0, high, ORANGE) if reserved else ""
@@ -135,7 +146,7 @@ def _memory_card(frame: _Frame, buckets: Sequence[Bucket], start: StartRecord) -
             + frame.line(level, 0, high, VERMILLION, 'stroke-dasharray="4 3"')
         )
         key.append((VERMILLION, "budget"))
-    return _card("Memory", q.size(now) + (f" of {q.size(budget)}" if budget else ""), drawing, key)
+    return _card("Memory", q.size(now), drawing, key, f" of {q.size(budget)}" if budget else "")
 
 
 def _batch_card(
@@ -150,17 +161,16 @@ def _batch_card(
     marks, marked = [], set()
     for made in changes:
         if made.step >= buckets[0].step:
-            x = min(frame.x(made.step), WIDTH)
+            x = frame.x(made.step)
             colour = {"micro": ORANGE, "control": PURPLE}.get(made.what, GREEN)
             marked.add(colour)
             marks.append(
-                f'<line x1="{x:.0f}" x2="{x:.0f}" y1="0" y2="{HEIGHT:.0f}" stroke="{colour}" '
+                f'<line x1="{x}" x2="{x}" y1="0" y2="{HEIGHT:.0f}" stroke="{colour}" '
                 f'stroke-dasharray="2 3" vector-effect="non-scaling-stroke">'
                 f"<title>step {made.step}: {escape(made.reason)}</title></line>"
             )
-    drawing = (
-        "".join(marks) + frame.line(micro, low, high, ORANGE) + frame.line(whole, low, high, BLUE)
-    )
+    drawing = "".join(marks) + frame.line(whole, low, high, BLUE)
+    drawing += frame.line(micro, low, high, ORANGE, 'stroke-dasharray="5 5"')  # both where equal
     pieces = -(-sizes[-1] // max(1, micro_sizes[-1]))
     even = sizes[-1] == pieces * micro_sizes[-1]
     now = q.batch(sizes[-1], micro_sizes[-1], pieces)
@@ -183,7 +193,7 @@ def _staircase(buckets: Sequence[Bucket], sizes: Sequence[int]) -> list[tuple[fl
 def _time_card(frame: _Frame, buckets: Sequence[Bucket]) -> str:
     timed = [bucket for bucket in buckets if bucket.timed]
     if not timed:
-        return _card("Step", "no reading", "", ())
+        return _card("Time per step", "no reading", "", ())
     totals = [bucket.step_sum_s / bucket.timed for bucket in timed]
     high = 1.1 * sorted(totals)[int(0.97 * (len(totals) - 1))]
     floor = [(bucket.step, 0.0) for bucket in timed]
@@ -195,7 +205,7 @@ def _time_card(frame: _Frame, buckets: Sequence[Bucket]) -> str:
         else:
             ceiling = [(x, max(y, total)) for (x, y), total in zip(floor, totals, strict=True)]
         if ceiling != floor:
-            drawing += frame.area(floor, ceiling, high, colour)
+            drawing = frame.area(ceiling, high, colour) + drawing  # each before what hides it
             key.append((colour, name))
         floor = ceiling
-    return _card("Step", q.duration(totals[-1]), drawing, key)
+    return _card("Time per step", q.duration(totals[-1]), drawing, key)

@@ -6,9 +6,20 @@ Every quantity takes `None` for unknown and says so; nothing here knows where th
 from __future__ import annotations
 
 import math
+import re
 
 UNKNOWN = "unknown"
 TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+_BEFORE_UNIT = re.compile(
+    r"(?<=\d) (?=(?:%|(?:[KMG]i)?B|ms|s|min|h|steps?|samples(?:/s)?|times)(?!\w))"
+)
+
+
+def unbroken(text: str) -> str:
+    """Return `text` with each number kept on one line with its unit."""
+    return _BEFORE_UNIT.sub("\N{NO-BREAK SPACE}", text)
 
 
 def count(number: int | float | None) -> str:

@@ -15,7 +15,7 @@ from ..run import Run
 from . import quantities as q
 from . import series
 
-LAST_DECISIONS, LAST_VALIDATIONS = 5, 20
+LAST_DECISIONS, LAST_VALIDATIONS = 5, 10
 WIDTH = 100  # columns of the text table
 
 _OUTCOMES = {
@@ -101,7 +101,7 @@ def html(run: Run) -> str:
     right = 'style="text-align: right; color: inherit"'
     parts = [_open_table("Hybrid run")]
     parts += [
-        f'<tr><th scope="row" {left}>{escape(name)}</th><td {left}>{escape(said)}</td></tr>'
+        f'<tr><th scope="row" {left}>{escape(name)}</th><td {left}>{_unbroken(said)}</td></tr>'
         for name, said in facts(run)
     ]
     parts.append("</table>")
@@ -127,12 +127,12 @@ def html(run: Run) -> str:
             f"<tr>{heads}</tr>",
         ]
         parts += [
-            "<tr>" + "".join(f"<td {left}>{escape(cell)}</td>" for cell in row) + "</tr>"
+            "<tr>" + "".join(f"<td {left}>{_unbroken(cell)}</td>" for cell in row) + "</tr>"
             for row in made
         ]
         parts.append("</table>")
     if run.notes:
-        items = "".join(f"<li>{escape(note)}</li>" for note in run.notes)
+        items = "".join(f"<li>{_unbroken(note)}</li>" for note in run.notes)
         parts.append(f"<p><b>What was inferred, and what you should know</b></p><ul>{items}</ul>")
     return "".join(parts)
 
@@ -140,8 +140,13 @@ def html(run: Run) -> str:
 def _open_table(caption: str) -> str:
     return (
         '<table style="color: inherit; margin: 0 0 0.8em 0">'
-        f'<caption style="text-align: left; color: inherit"><b>{escape(caption)}</b></caption>'
+        '<caption style="text-align: left; white-space: nowrap; color: inherit">'
+        f"<b>{escape(caption)}</b></caption>"
     )
+
+
+def _unbroken(said: str) -> str:
+    return escape(q.unbroken(said))
 
 
 def _hang(head: str, body: str) -> str:
@@ -179,10 +184,11 @@ def _time(run: Run) -> str:
     said = f"{q.duration(run.seconds)} training"
     if run.validation_seconds:
         said += f" + {q.duration(run.validation_seconds)} validation"
+    said += f", {q.rate(run.samples_per_second)}"
     if run.drawing_seconds is not None and run.seconds > 0:
-        share = 100 * run.drawing_seconds / run.seconds
-        said += f" (of it {q.duration(run.drawing_seconds)} for what was shown, {share:.1f} %)"
-    return f"{said}, {q.rate(run.samples_per_second)}"
+        share = q.share(run.drawing_seconds / run.seconds)
+        said += f"; {share} of it ({q.duration(run.drawing_seconds)}) for what was shown live"
+    return said
 
 
 def _memory(run: Run) -> str:

@@ -50,7 +50,7 @@ class Faults:
         chosen = self.choose(state.steps, self._attempt, list(data.sizes))
         self._attempt += 1
         self.ran.append((state.steps, list(data.sizes)))
-        mode = _Striking(chosen)
+        mode = Striking(chosen)
         try:
             with mode:
                 result = self._real(state, data, *args, **options)
@@ -70,13 +70,16 @@ class Faults:
             retry.train_step = self._real
 
 
-class _Striking(TorchDispatchMode):
+class Striking(TorchDispatchMode):
+    """Runs out of memory, once, at the operation `chosen`, counted from 0; None: at none."""
+
     def __init__(self, chosen: int | None) -> None:
         super().__init__()
         self.chosen, self.count, self.last = chosen, 0, ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.count == self.chosen:
+            self.chosen = None
             self.last = str(func)
             if "_foreach_" in self.last and isinstance(args[0], (list, tuple)):
                 half = len(args[0]) // 2

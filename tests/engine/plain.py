@@ -13,7 +13,7 @@ from hybrid_magic.engine.device import probe_for
 from hybrid_magic.engine.gradients import NoiseProbe
 from hybrid_magic.engine.precision import Precision
 from hybrid_magic.engine.rehearse import settle_reduction
-from hybrid_magic.engine.step import StepState
+from hybrid_magic.engine.step_state import StepState
 from hybrid_magic.engine.transaction import Transaction
 
 CPU = torch.device("cpu")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from hybrid_magic.engine.data import StepData
 from hybrid_magic.engine.reading import read
-from hybrid_magic.engine.step import StepState, train_step
+from hybrid_magic.engine.step import train_step
+from hybrid_magic.engine.step_state import StepState
 
 
 def loss_of(model: nn.Module, batch: Any) -> Tensor:

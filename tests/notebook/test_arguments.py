@@ -112,7 +112,7 @@ def test_the_help_names_every_option_with_its_values_and_default():
     [
         (" --ep", ["--epochs"]),
         (" net --m", ["--minutes", "--max-batch", "--micro", "--memory"]),
-        (" -", list(arguments.OPTIONS)),
+        (" -", [*arguments.OPTIONS, arguments.EXPLAIN]),
         (" --precision ", ["auto", "fp32", "bf16", "fp16"]),
         (" --precision f", ["fp32", "fp16"]),
         (" --precision=f", ["fp32", "fp16"]),

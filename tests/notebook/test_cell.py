@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from hybrid_magic.notebook.cell import make_step
+from hybrid_magic.notebook.cell import make_step, read_cell
 
 torch.manual_seed(0)
 net = nn.Linear(4, 3)
@@ -17,15 +17,18 @@ pairs = TensorDataset(torch.randn(16, 4), torch.randint(0, 3, (16,)))
 train_loader = DataLoader(pairs, batch_size=8)
 running, total, factor = 0.0, 0, 2
 
+def step_of(text, log=(), line=""):
+    return make_step(get_ipython(), read_cell(get_ipython(), text, line), log)
+
 def form(text, log=()):
     try:
-        step = make_step(get_ipython(), text, log, "")
+        step = step_of(text, log)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "bare" if step is None else "step"
 
 def result(text, batch, log=()):
-    return make_step(get_ipython(), text, log, "")(None, batch)
+    return step_of(text, log)(None, batch)
 """
 
 
@@ -113,27 +116,6 @@ def test_a_step_that_leaves_no_loss_is_told_with_its_last_line(notebook, text, l
     )
 
 
-@pytest.mark.parametrize(
-    ("text", "line", "call"),
-    [
-        ("loss = net(batch)\nloss.backward()", 3, "loss.backward()"),
-        (
-            (
-                "for x, y in train_loader:\n    loss = F.cross_entropy(net(x), y)\n"
-                "    scaler.scale(loss).backward()\n    optimizer.step()"
-            ),
-            4,
-            "scaler.scale(loss).backward()",
-        ),
-        ("def fit():\n    accelerator.backward(loss)\nfit()", 3, "accelerator.backward(loss)"),
-    ],
-)
-def test_a_training_loop_is_refused_with_its_line_until_it_is_built(notebook, text, line, call):
-    told = form(notebook, text)
-    assert told.startswith(f"HybridMagicError: line {line}: {call} makes this a training loop, ")
-    assert "\n" not in told
-
-
 # -- names
 
 
@@ -210,7 +192,7 @@ def test_the_notebooks_own_step_and_model_keep_their_meaning(notebook):
 
 
 def test_a_step_sees_what_the_notebook_makes_later(notebook):
-    notebook.run("step = make_step(get_ipython(), 'loss = batch * later', (), '')\nlater = 7")
+    notebook.run("step = step_of('loss = batch * later')\nlater = 7")
     assert notebook.value("step(None, 3)") == 21
 
 
@@ -256,7 +238,7 @@ def test_inspect_gives_the_source_of_the_step_and_of_what_it_defines(notebook):
     notebook.run("import inspect, textwrap")
     text = inner + "loss = textwrap.dedent(inspect.getsource(double))"
     assert result(notebook, text) == inner
-    notebook.run(f"step = make_step(get_ipython(), {text!r}, (), '--epochs 3')")
+    notebook.run(f"step = step_of({text!r}, (), '--epochs 3')")
     source = notebook.value("inspect.getsource(step)").splitlines()
     assert source[0].startswith("def step(")
     assert source[0].endswith("# %%hybrid_train --epochs 3")

@@ -77,7 +77,7 @@ def test_callbacks_hammered_from_threads_are_all_recorded_and_leave_the_weights_
 class Eager:
     """A panel and a pump in one: counts what it draws, and asks for something at every chance."""
 
-    views, due = 1, 0.0
+    views, due, why = 1, 0.0, None
 
     def __init__(self, control, clock):
         self._control, self._clock, self.drawn = control, clock, []

@@ -2,10 +2,10 @@
 
 import base64
 import itertools
-import json
 import time
 import timeit
 import tracemalloc
+from html import escape
 
 import pytest
 from fake_training import FakeTraining, finished_run, start_record, step_record
@@ -208,6 +208,78 @@ def test_without_a_front_end_the_view_becomes_text_by_itself(front_end):
     assert "Four plots of a training run" in figure["text/plain"]
 
 
+def said(messages):
+    """Return the last text of each widget that a front end was sent."""
+    found = {}
+    for message in messages:
+        if message["msg_type"] in ("comm_open", "comm_msg"):
+            found[message["content"]["comm_id"]] = message["content"]["data"]["state"].get(
+                "value", found.get(message["content"]["comm_id"])
+            )
+    return [value for value in found.values() if isinstance(value, str)]
+
+
+def hear(front_end, seen, found):
+    """Add to `seen` what is published, until `found()` is true of it."""
+    end = time.monotonic() + 20
+    while not found():
+        assert time.monotonic() < end, "what was waited for did not come"
+        seen.append(front_end.client.get_iopub_msg(timeout=20))
+
+
+def test_while_a_front_end_says_nothing_the_panel_says_so_and_text_stands_by(front_end):
+    front_end.run(IMPORT)
+    cell = front_end.send("run = train_under_view(step_s=0.01, epochs=400)")
+    model, seen, names = opened(front_end)
+    silent = f"<i>{escape(live.SILENT)}</i>"
+    hear(front_end, seen, lambda: silent in said(seen) and printed(seen, cell))
+    report_view(front_end, model)  # it shows the panel after all
+    front_end.move(names["Growth factor"], 2.0)
+    time.sleep(1.5)
+    front_end.comm(names["Stop"], {"method": "custom", "content": {"event": "click"}})
+    seen += front_end.until_idle(cell)
+    assert silent not in said(seen)
+    assert "hybrid train" in printed(seen, cell)
+    assert "stopped from the panel" in outputs(seen, cell)[0]["text/plain"]
+    assert "you asked for growth_factor 2" in front_end.text("print(run.changes[-2].reason)")
+
+
+def test_a_front_end_that_refuses_widgets_gets_text_and_the_result(front_end):
+    front_end.run(IMPORT)
+    cell = front_end.send("run = train_under_view(step_s=0.01, per_epoch=12_000)")
+    _, seen, _ = opened(front_end)
+    for message in seen:
+        if message["msg_type"] == "comm_open":  # as a front end without a widget manager answers
+            content = {"comm_id": message["content"]["comm_id"], "data": {}}
+            refusal = front_end.client.session.msg("comm_close", content)
+            front_end.client.shell_channel.send(refusal)
+    seen += front_end.until_idle(cell)
+    assert "hybrid train: 100%" in printed(seen, cell)
+    assert "live view stopped" not in printed(seen, cell)
+    assert "finished" in outputs(seen, cell)[0]["text/plain"]
+
+
+def test_controls_that_go_deaf_in_the_middle_of_a_run_are_disabled_and_say_why(monkeypatch, capsys):
+    pytest.importorskip("ipywidgets")
+    from test_panel import html_of, widgets_in
+
+    class Failing:
+        due, why = 0.0, None
+
+        def __call__(self):
+            self.due, self.why = float("inf"), "live controls are off: the socket is gone"
+
+    monkeypatch.setattr(live, "Pump", lambda kernel: Failing())
+    view = live.View(kernel=object(), plain=False)
+    view(start_record())
+    panel = view._panel
+    assert not all(one.disabled for one in widgets_in(panel) if hasattr(one, "disabled"))
+    view.control.poll()
+    assert all(one.disabled for one in widgets_in(panel) if hasattr(one, "disabled"))
+    assert "live controls are off: the socket is gone" in html_of(panel)
+    view.close(finished_run())
+
+
 def test_plain_means_text_and_nothing_else(front_end):
     front_end.run(IMPORT)
     cell = front_end.send("run = train_under_view(epochs=1, plain=True)")
@@ -229,22 +301,3 @@ def test_an_interrupt_ends_the_run_and_its_result_is_shown(front_end):
         "KeyboardInterrupt"
     ]
     assert "interrupted, at a whole step" in outputs(seen, cell)[0]["text/plain"]
-
-
-def test_a_notebook_run_without_a_front_end_keeps_its_result_and_stays_small():
-    nbclient = pytest.importorskip("nbclient")
-    nbformat = pytest.importorskip("nbformat")
-    import sys
-
-    path = f"import sys; sys.path[:0] = {[entry for entry in sys.path if entry]!r}\n"
-    sources = [path + IMPORT, "run = train_under_view(step_s=0.01)", "print(run.outcome)"]
-    cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    book = nbformat.v4.new_notebook(cells=cells)
-    nbclient.NotebookClient(book, timeout=60, kernel_name="python3").execute()
-    kept = [output["data"] for output in book.cells[1].outputs if "data" in output]
-    assert [sorted(data) for data in kept] == [
-        ["text/html", "text/plain"],
-        ["image/png", "text/plain"],
-    ]
-    assert book.cells[2].outputs[0]["text"] == "finished\n"
-    assert len(json.dumps(book)) < 300_000

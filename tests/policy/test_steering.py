@@ -269,7 +269,7 @@ def test_memory_above_the_budget_shrinks_the_micro_batch_at_once():
     state, changes = steering.observe(state, facts(5, plan.sizes, peak_bytes=9 * GIB))
     assert state.micro < before
     assert changes[0].what == "micro"
-    assert "9 of 8 GiB" in changes[0].reason
+    assert "9 GiB of 8 GiB" in changes[0].reason
 
 
 def test_allocator_pressure_twice_in_short_counts_as_running_out():

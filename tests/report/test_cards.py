@@ -73,6 +73,25 @@ def test_a_memory_that_cannot_be_read_is_said():
     assert "no reading" in cards(trace_of(records), start_record(), ())
 
 
+def test_a_memory_that_is_read_now_and_then_is_drawn_to_the_edge():
+    records = [step_record(step) for step in range(1, 4)]
+    records += [
+        step_record(step, allocated_peak_bytes=None, reserved_peak_bytes=None)
+        for step in range(4, 11)
+    ]
+    card = parsed(cards(trace_of(records), start_record(), []))[1]
+    assert [line.get("points").split()[-1].split(",")[0] for line in card.iter("polyline")] == (
+        ["300"] * 3
+    )
+
+
+def test_a_micro_batch_as_large_as_the_batch_is_seen_beside_it():
+    card = parsed(cards(trace_of([step_record(1), step_record(2)]), start_record(), []))[2]
+    whole, micro = card.iter("polyline")
+    assert whole.get("points") == micro.get("points")
+    assert (whole.get("stroke-dasharray"), micro.get("stroke-dasharray")) == (None, "5 5")
+
+
 def test_a_decision_is_marked_with_its_reason_escaped():
     made = BatchChangeRecord(2, 64, 96, "global", "grew <64> & more")
     html = cards(trace_of(step_record(n) for n in (1, 2, 3)), start_record(), [made])

@@ -81,6 +81,23 @@ def test_titles_say_what_the_plots_show():
     assert titles[3].endswith("% backward")
 
 
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ([64, 64, 64, 64], "Batch stayed at 64"),
+        ([64, 96, 96, 144], "Batch 64 → 144"),
+        ([64, 192, 192, 64, 64], "Batch 64 → 192 → 64"),
+        ([64, 64, 16, 16, 32, 32], "Batch 64 → 16 → 32"),
+    ],
+)
+def test_the_title_tells_the_farthest_that_the_batch_went(sizes, said):
+    records = [
+        step_record(step, global_batch_size=size, microbatch_size=16)
+        for step, size in enumerate((size for size in sizes for _ in range(3)), start=1)
+    ]
+    assert plots.figure(run_of(records)).axes[2].get_title(loc="left").startswith(said + ",")
+
+
 def test_an_unknown_memory_is_said_and_not_drawn_as_zero():
     axes = plots.figure(RUNS["nothing known"]).axes[1]
     assert [text.get_text() for text in axes.texts] == ["no reading on this device"]

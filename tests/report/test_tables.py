@@ -69,6 +69,20 @@ def test_the_html_brings_no_colour_of_its_own():
     assert page.count("color:") == page.count("color: inherit")
 
 
+def test_a_number_stays_on_a_line_with_its_unit():
+    said = q.unbroken("20 samples/s, 8 GiB of 12.5 GiB, 3 % in 4 min 05 s, 2 maps")
+    assert said.replace("\N{NO-BREAK SPACE}", "_") == (
+        "20_samples/s, 8_GiB of 12.5_GiB, 3_% in 4_min 05_s, 2 maps"
+    )
+
+
+def test_what_was_shown_live_is_told_as_a_share_of_the_training():
+    run = finished_run()
+    run.drawing_seconds = 0.0615
+    facts = dict(tables.facts(run))
+    assert facts["time"].endswith("; 0.5 % of it (62 ms) for what was shown live")
+
+
 def test_quantities_read_as_a_person_says_them():
     said = {
         q.count(12345): "12,345",
