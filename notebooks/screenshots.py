@@ -43,11 +43,19 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 %load_ext hybrid_magic
 """
 TRAIN = """
-%%hybrid_train --epochs 300 --val test_loader --log acc
-x, y = batch
-out = model(x)
-loss = F.cross_entropy(out, y)
-acc = (out.argmax(1) == y).float().mean()
+%%hybrid_train
+for epoch in range(3000):
+    model.train()
+    for x, y in train_loader:
+        optimizer.zero_grad()
+        out = model(x)
+        loss = F.cross_entropy(out, y)
+        loss.backward()
+        optimizer.step()
+    if epoch % 100 == 0:
+        model.eval()
+        accuracy = sum((model(x).argmax(1) == y).sum().item() for x, y in test_loader) / 389
+        print(f"epoch {epoch}: loss {loss.item():.3f}, accuracy {accuracy:.3f}")
 """
 
 

@@ -186,7 +186,8 @@ def _refuse(unit: Unit, kinds: Kinds) -> None:
         raise RefusedError(
             unit.roles.backwards[0].call,
             "no optimizer steps where this backward() is called; wanted optimizer.step() in the "
-            f"same loop or function; use one of torch.optim for the weights' update, {LEAVE}",
+            "same loop or function, or a step that leaves its loss and has no backward(); use one "
+            f"of torch.optim for the weights' update, {LEAVE}",
         )
     call, owner = unit.roles.steps[0]
     if unit.kind == "loop" and reads(owner) & bound(getattr(unit.node, "target", ast.Pass())):

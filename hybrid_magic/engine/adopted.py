@@ -197,15 +197,19 @@ class AdoptedRun:
             raise KeyboardInterrupt
 
     def compute_in_fp32(self, error: Exception) -> bool:
-        """Go on in FP32 where it was ours to choose and the person's loss refuses less; return
-        whether that is so."""
+        """Go on in FP32 where it was ours to choose and the person's code cannot do with less: at
+        the first step whatever it raises, later where its loss says so. Return whether that is
+        so."""
         step, state = self.step, self.state
-        if step is None or state is None or not precisions.refuses_autocast(error):
+        if step is None or state is None:
+            return False
+        if step.steps > 0 and not precisions.refuses_autocast(error):
             return False
         found, ours = step.precision, self._config.precision == "auto"
         if found.mixed and ours:
             step.precision = Precision("fp32", self.probe.device)
-            reason = f"a loss of this loop is not safe in {found.name}; going on in fp32"
+            why = str(error).partition("\n")[0][:120]
+            reason = f"this loop does not compute in {found.name} ({why}); going on in fp32"
             state.emit(BatchChangeRecord(step.steps, found.name, "fp32", "precision", reason))
         return found.mixed and ours
 

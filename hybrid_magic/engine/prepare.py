@@ -80,6 +80,21 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
         put_back()
 
 
+@contextlib.contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Put back what every layer holds beside its tensors: its mode, and what a forward pass leaves
+    there, such as a hidden state."""
+    found = [(module, dict(module.__dict__)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, held in found:
+            now = module.__dict__
+            for name in now.keys() - held.keys():
+                del now[name]
+            now.update((name, value) for name, value in held.items() if now.get(name) is not value)
+
+
 def _modes(model: nn.Module) -> Callable[[], None]:
     """Return what puts every layer back into the train or eval mode that it is in now."""
     modes = [(module, module.training) for module in model.modules()]

@@ -23,7 +23,7 @@ from .data import StepData
 from .device import attempt, is_out_of_memory
 from .forward import forward
 from .precision import Precision
-from .prepare import modes_kept
+from .prepare import attributes_kept
 from .randomness import RandomState
 from .reduction import Reduction, check, settle
 from .sizing import Sizing
@@ -79,7 +79,8 @@ def leaving_no_trace(state: StepState) -> Iterator[None]:
     precision = state.precision
     state.transaction.begin(state.steps, precision)
     try:
-        yield
+        with attributes_kept(state.model):
+            yield
     finally:
         state.precision = precision
         state.transaction.roll_back(state.steps)
@@ -114,10 +115,11 @@ def faster_precision(
     while found is not None:
         try:
             result, found = attempt(_compared, state, batch, name, rounds)
-        except RuntimeError as error:
-            if not precisions.refuses_autocast(error):
+        except Exception as error:
+            if not (state.adopted or precisions.refuses_autocast(error)):
                 raise
-            return "fp32", f"its loss is not safe in {name}"
+            why = str(error).partition("\n")[0][:120]
+            return "fp32", f"it could not be computed in {name} ({why})"
         if found is not None:
             state.device.release()
             n = nested.count(batch) or 1
@@ -171,16 +173,16 @@ def settle_reduction(state: StepState, data: StepData, found: Reduction) -> Redu
     return found if losses is None else settle(found, pieces, sizes, losses)
 
 
-def indivisible(state: StepState, whole: Any, pieces: Sequence[Any], factors: Any) -> str | None:
+def indivisible(state: StepState, data: StepData, factors: Sequence[float]) -> str | None:
     """Return why the losses of micro-batches do not make up their batch's loss, None where they do
     or it cannot be told.
 
     Args:
-        whole: the batch; `pieces` are what it was cut into, `factors` their weights.
+        data: the micro-batches of a batch; `factors` are their weights.
 
     A loss with dice in it is judged within thrice its own spread over three tries.
     """
-    losses, _ = attempt(_losses, state, [whole, whole, whole, *pieces])
+    losses, _ = attempt(_losses, state, [nested.joined(*data.batches)] * 3 + data.batches)
     if losses is None or not all(map(math.isfinite, losses)):
         return None
     tries, parts = losses[:3], losses[3:]
@@ -202,7 +204,7 @@ def _losses(state: StepState, batches: Sequence[Any]) -> list[float] | None:
     own.take()
     state.precision = Precision("fp32", state.device.device)
     try:
-        with modes_kept(state.model), torch.no_grad():
+        with attributes_kept(state.model), torch.no_grad():
             state.model.eval()
             return [float(forward(state, _copy(state, batch))[0]) for batch in batches]
     except Exception as error:

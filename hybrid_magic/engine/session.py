@@ -25,7 +25,7 @@ from .control import RunControl
 from .data import StepData
 from .device import attempt
 from .letting_go import let_go
-from .merge import Unmergeable, merged
+from .merge import Unmergeable, full_precision, merged
 from .prepare import switches
 from .remembered import Memory
 from .retry import until_it_fits
@@ -92,7 +92,7 @@ class Session:
 
     @property
     def over(self) -> bool:
-        """Whether no further step may begin: stopped, or at an end that was asked for."""
+        """Whether no further step may begin."""
         return self._run.over
 
     @property
@@ -172,8 +172,7 @@ class Session:
             before = run.window()
             gathered, kept = self._gather(step, data, before)
             if gathered.values is None:  # nothing to be trained
-                step.transaction.join()
-                step.transaction.close()
+                step.transaction.leave()
         except BaseException as error:
             run.take_back()
             put_switches_back()
@@ -200,9 +199,9 @@ class Session:
             kept, gathered.kept = gathered.kept, []
             shares = gathered.factors or [n / sum(data.sizes) for n in data.sizes]
             found = merged(kept, data.sizes, shares)
+            found = full_precision(found, step.precision.dtype)
             if len(data.sizes) > 1 and not self._proved:
-                whole = data.batches[0].whole()
-                if why := rehearse.indivisible(step, whole, data.batches, shares):
+                if why := rehearse.indivisible(step, data, shares):
                     raise Unmergeable(why)
                 self._proved = True
             return gathered, found
@@ -213,12 +212,11 @@ class Session:
             return found
         except Unmergeable as found:
             why = str(found)
-        except HybridMagicError:
-            raise
         except Exception as error:
             why = None
             if not self._run.compute_in_fp32(error):
-                if self._proved or len(data.sizes) == 1:
+                told = isinstance(error, HybridMagicError)
+                if told or self._proved or len(data.sizes) == 1:
                     raise
                 why = f"{type(error).__name__}: {error}"
             let_go(error)
@@ -228,9 +226,8 @@ class Session:
             return self._gather(step, data, before)
         self._run.uncut = True
         state.emit(NoteRecord(f"batches are not cut into micro-batches from here on: {why}"))
-        whole = nested.joined(*data.batches)
-        data = StepData([nested.Named(whole, None, {})], [sum(data.sizes)], False)
-        return self._gather(step, data, before)
+        whole = nested.Named(nested.joined(*data.batches), None, {})
+        return self._gather(step, StepData([whole], [sum(data.sizes)], False), before)
 
     def apply(self) -> None:
         """Take the optimizer step for what was accumulated; nothing was: the optimizer's own.

@@ -133,6 +133,11 @@ class Transaction:
         self._random.done()
         self._aside = []
 
+    def leave(self) -> None:
+        """End a step of which nothing is to be trained, as its forward passes have left it."""
+        self.join()
+        self.close()
+
     def put_back(self) -> None:
         """Undo what was done since `hold`: the gradients stay. The next copies go to the host."""
         with torch.no_grad():

@@ -51,6 +51,7 @@ for epoch in range(2):
 """,
         MLP,
         RUNS,
+        piecewise=True,
     ),
     Cell(
         "several models of one list, an optimizer each",
@@ -106,6 +107,7 @@ for epoch in range(2):
 """,
         MLP,
         RUNS,
+        piecewise=True,
     ),
     Cell(
         "a generator that yields the losses",

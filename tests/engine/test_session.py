@@ -1261,7 +1261,10 @@ def test_a_loss_that_autocast_refuses_is_computed_in_fp32_and_the_run_says_so(
     assert differences(pair.model, pair.plain) == []
     assert run.start is not None
     assert run.start.precision == "bf16"
-    assert run.changes[-1].reason == "a loss of this loop is not safe in bf16; going on in fp32"
+    assert run.changes[-1].reason == (
+        "this loop does not compute in bf16 (binary_cross_entropy and BCELoss are unsafe to "
+        "autocast.); going on in fp32"
+    )
 
 
 # -- details of it --

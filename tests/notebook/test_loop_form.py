@@ -261,3 +261,44 @@ for rate in (0.1, 0.01):
     assert notebook.value("[run.steps for run in runs]") == [12, 12]
     assert notebook.value("runs[0] is not runs[1]")
     assert notebook.value("[run.history[0].lr for run in runs]") == [0.1, 0.01]
+
+
+@pytest.mark.parametrize("micro", ["8", "3"])
+def test_the_rest_of_a_step_sees_full_precision(notebook, micro):
+    cell = """
+kinds = set()
+for x, y in train_loader:
+    opt.zero_grad()
+    out = net(x)
+    inside = out.dtype
+    loss = F.cross_entropy(out, y) + 0 * float(inside == torch.bfloat16)
+    loss.backward()
+    opt.step()
+    kinds |= {str(inside), str(out.dtype), str(loss.dtype), out.detach().numpy().dtype.name}
+"""
+    ran = notebook.run(f"%%hybrid_train --precision bf16 --batch fixed --micro {micro}" + cell)
+    assert ran.error is None, ran.out
+    assert notebook.value("sorted(kinds)") == ["float32", "torch.bfloat16", "torch.float32"]
+
+
+def test_a_hidden_state_that_the_model_keeps_is_not_left_there_by_measuring(notebook):
+    cell = """
+class Keeping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(1, 4, batch_first=True), nn.Linear(4, 3)
+    def forward(self, x):
+        out, self.state = self.lstm(x[..., None], self.state)
+        return self.head(out[:, -1])
+
+net = Keeping()
+opt = torch.optim.SGD(net.parameters(), lr=0.1)
+for x, y in train_loader:
+    net.state = (torch.zeros(1, len(x), 4), torch.zeros(1, len(x), 4))
+    opt.zero_grad()
+    loss = F.cross_entropy(net(x), y)
+    loss.backward()
+    opt.step()
+"""
+    ran = notebook.run("%%hybrid_train" + cell)
+    assert ran.error is None, ran.out

@@ -319,10 +319,10 @@ MISTAKES = {
         "--log acc: the cell assigns no acc; wanted ",
     ),
     "a name to log without a step": ("", "%hybrid_train --log acc", "--log is for a step that "),
-    "a training loop": (
+    "a step that calls backward": (
         "",
         "%%hybrid_train" + STEP + "\nloss.backward()",
-        "line 5: loss.backward()",
+        "line 5: no optimizer steps where this backward() is called",
     ),
     "a step without a loss": (
         "",
