@@ -100,7 +100,7 @@ def _down(node: ast.AST, above: list[Any]) -> Iterator[list[Any]]:
 
 def _unit_of(scope: Any, function: Any, path: list[Any], kinds: Kinds) -> Unit:
     """Return the unit that a `.backward()` call belongs to."""
-    body = scope.body
+    body: list[ast.stmt] = scope.body
     kind = "statements" if function is None else "function"
     if function is None:  # other loops of the cell are steps of their own
         body = [n for n in body if not (isinstance(n, LOOPS) and optimizer_steps(n.body, kinds))]

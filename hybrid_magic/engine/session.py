@@ -215,8 +215,7 @@ class Session:
         except Exception as error:
             why = None
             if not self._run.compute_in_fp32(error):
-                told = isinstance(error, HybridMagicError)
-                if told or self._proved or len(data.sizes) == 1:
+                if self._proved or len(data.sizes) == 1 or isinstance(error, HybridMagicError):
                     raise
                 why = f"{type(error).__name__}: {error}"
             let_go(error)
