@@ -11,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MOST_BYTES = 700_000  # two runs, each with a figure and a table, at most 300 kB a run
+MOST_BYTES = 700_000  # five runs, each with a figure and a table, at most 300 kB a run
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 

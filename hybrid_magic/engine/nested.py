@@ -221,6 +221,8 @@ def named(values: Mapping[str, Any], hint: int | None, uncut: Collection[str]) -
 
 def _lengths(value: Any) -> tuple[int | None, int | None]:
     """Return how many rows and how many items there are, None for none."""
+    if type(value) is torch.Tensor:  # as nearly always
+        return (value.shape[0] if value.dim() else None), None
     if isinstance(value, (torch.nn.Parameter, torch.nn.Module)):
         return None, None
     return count(value), len(value) if type(value) in (list, tuple) else None

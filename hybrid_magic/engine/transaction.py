@@ -42,6 +42,7 @@ class Transaction:
         self._states: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
         self._groups: list[dict[str, Any]] = []
         self._scale: list[Tensor] | None = None
+        self._frozen: list[Tensor] | None = None  # weights that are not stepped
         self._others: list[Tensor] = []  # weights that get gradients and are not stepped
         self._aside: list[tuple[Tensor, Tensor]] | None = []  # weights and the gradients they had
 
@@ -66,21 +67,16 @@ class Transaction:
     def set_aside(self) -> bool:
         """Set the gradients that are there aside; return whether any is of a weight that is
         stepped."""
-        stepped = set(map(id, self._params))
-        self._others = [
-            param
-            for param in self._model.parameters()
-            if param.requires_grad and id(param) not in stepped
-        ]
-        aside = [
-            (param, param.grad)
-            for param in (*self._params, *self._others)
-            if param.grad is not None
-        ]
-        self._aside = aside
-        for param, _ in aside:
+        if self._frozen is None:
+            stepped = set(map(id, self._params))
+            self._frozen = [p for p in self._model.parameters() if id(p) not in stepped]
+        self._others = [param for param in self._frozen if param.requires_grad]
+        found = [(param, param.grad) for param in self._params if param.grad is not None]
+        others = [(param, param.grad) for param in self._others if param.grad is not None]
+        self._aside = [*found, *others]
+        for param, _ in self._aside:
             param.grad = None
-        return any(id(param) in stepped for param, _ in aside)
+        return bool(found)
 
     def join(self) -> None:
         """Add the gradients that were set aside to the new ones, in these."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -60,14 +60,18 @@ class Loops:
 
     def epochs(self, iterable: Iterable[Any]) -> Iterator[Any]:
         """Yield what is in `iterable` until the training in it is stopped."""
-        cell = self.cell
-        begun = self.mark()
-        if cell is not None and isinstance(iterable, Sized):
-            cell.epochs = len(iterable)
-        for item in iterable:
-            if not self.going(begun):
-                return
-            yield item
+        cell, begun = self.cell, self.mark()
+        counted = getattr(iterable, "iterable", iterable)  # that of a progress bar
+        if cell is not None and isinstance(counted, range):
+            cell.epochs = len(counted)
+        try:
+            for item in iterable:
+                if not self.going(begun):
+                    return
+                yield item
+        finally:
+            if cell is not None and isinstance(counted, range):
+                cell.epochs = None
 
     def mark(self) -> int:
         """Return how many trainings were stopped so far; for `going`."""
@@ -114,7 +118,9 @@ class Loop:
         if self._opened is None:
             assert self._frame is not None
             session = self._cell.session(self._site, self._frame, self._read)
-            session.begin_pass()
+            if self._site.kind == "loop" or session not in self._cell.begun:
+                session.begin_pass()
+            self._cell.begun.add(session)
             self._opened = session
         return self._opened
 
@@ -127,7 +133,7 @@ class Loop:
             return item
         if not isinstance(item, DataLoader):
             return _Reading(self, item, None)
-        self._read = item if self._site.grows else None
+        self._read = item
         self._cell.reading[id(item)] = self._session
         return _Reading(self, item, self._session)
 

@@ -5,7 +5,7 @@ Knows where in the person's text a step is, and nothing of how it was rewritten.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -46,7 +46,13 @@ class CellRun:
     stops: int = 0
     reading: dict[int, Session] = field(default_factory=dict)  # by the loader's id
     newest: Run | None = None
+    begun: set[Session] = field(default_factory=set)  # those that a pass was begun of
     _open: tuple[Optimizer, Session, live.View] | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether anything was trained."""
+        return self._open is not None or self.newest is not None
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -64,18 +70,25 @@ class CellRun:
                 f"line {site.line}: {site.optimizer} is a {type(optimizer).__name__}; wanted a "
                 "torch.optim.Optimizer"
             )
-        view = live.open_view(plain=site.config.plain)
+        config, notes = site.config, list(site.notes)
+        if not site.grows and config.batch != "fixed":
+            if config.batch != "adaptive":
+                notes.append(
+                    f"--batch {config.batch} is passed over: this loop's batches are its own"
+                )
+            config = replace(config, batch="fixed", max_batch=None)
+        view = live.open_view(plain=config.plain)
         model, called = model_of(optimizer, site.reads, frame)
         try:
             session = Session(
                 model,
                 optimizer,
-                site.config,
+                config,
                 loader=loader,
                 epochs=self.epochs,
                 names={"model": called, "optimizer": site.optimizer}
                 | ({"loader": site.loader} if site.loader else {}),
-                found=site.notes,
+                found=notes,
                 sink=view,
                 control=view.control,
                 scaler=None if site.scaler is None else value_of(site.scaler, frame),
@@ -92,7 +105,7 @@ class CellRun:
         """Close the open session and its view; return the newest Run."""
         if self._open is not None:
             (optimizer, session, view), self._open = self._open, None
-            self.reading = {}
+            self.reading, self.begun = {}, set()
             try:
                 run = session.close(error)
                 self.memories[optimizer] = session.memory()

@@ -76,7 +76,10 @@ class Form:
         setattr(builtins, RUNTIME, loops)  # found from every function, and in no namespace
         swapped = list(self._swap(config, loops))
         try:
-            return _execute(tree, name, shell.user_ns)
+            result = _execute(tree, name, shell.user_ns)
+            if self.plan.loops and not (loops.cell is not None and loops.cell.trained):
+                print("taken over, to train whenever it is called", self.plan, sep="\n")  # noqa: T201
+            return result
         finally:
             for function, code in swapped:
                 function.__code__ = code

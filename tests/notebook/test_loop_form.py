@@ -119,7 +119,9 @@ for epoch in range(30):
 def test_a_function_stays_taken_over_when_an_ordinary_cell_calls_it(notebook, options):
     ran = notebook.run(f"%%hybrid_train {options}{EPOCH}")
     assert ran.error is None, ran.out
-    assert ran.out == ""
+    assert ran.out.startswith(
+        "taken over, to train whenever it is called\nform: loop\nline 4: loop"
+    )
     assert notebook.value("hm.last_run") is None
     for turn in (1, 2):
         ran = notebook.run("mean = train_one_epoch(net, train_loader, opt)\nrun = hm.last_run")
@@ -302,3 +304,46 @@ for x, y in train_loader:
 """
     ran = notebook.run("%%hybrid_train" + cell)
     assert ran.error is None, ran.out
+
+
+@pytest.mark.parametrize(
+    ("around", "options"),
+    [
+        ("for epoch in range(3):", ""),
+        ("for epoch in range(3):", "--batch fixed"),
+        ("for epoch in tqdm(range(3)):", ""),
+        ("for epoch in range(3):\n  for phase in ['train']:", ""),
+        ("for lr in (0.1,):\n  for epoch in range(3):", "--batch fixed"),
+    ],
+)
+def test_the_epochs_to_come_are_those_of_the_range_around(notebook, around, options):
+    cell = f"""%%hybrid_train {options} -o run
+from tqdm import tqdm
+{around}
+    for x, y in train_loader:
+        opt.zero_grad()
+        loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        opt.step()
+"""
+    ran = notebook.run(cell)
+    assert ran.error is None, ran.out
+    assert notebook.value("[run.start.epochs, run.start.samples_per_epoch]") == [3, 96]
+    assert notebook.value("run.start.base_batch_size") == 8
+
+
+def test_a_step_function_is_one_pass_however_often_it_is_called(notebook):
+    cell = """%%hybrid_train --micro 3 -o run
+def train_step(x, y):
+    opt.zero_grad()
+    loss = F.cross_entropy(net(x), y)
+    loss.backward()
+    opt.step()
+    return loss.item()
+
+losses = [train_step(x, y) for epoch in range(2) for x, y in train_loader]
+"""
+    ran = notebook.run(cell)
+    assert ran.error is None, ran.out
+    assert notebook.value("[run.steps, run.samples_seen, len(losses)]") == [24, 192, 24]
+    assert notebook.value("max(map(max, (sizes for sizes, _ in run.sizes)))") == 3
