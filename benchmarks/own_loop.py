@@ -73,18 +73,20 @@ def outcome(shell: Any) -> tuple[list[torch.Tensor], list[Any]]:
     return [p.detach() for p in shell.user_ns["model"].parameters()], shell.user_ns["history"]
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--blocks", type=int, default=7)
     parser.add_argument("--steps", type=int, default=2000, help="in a block")
-    arguments = parser.parse_args()
+    parser.add_argument("--work", type=int, help="only the first N works")
+    parser.add_argument("--json", type=pathlib.Path, default=HERE / "results" / "own_loop.json")
+    arguments = parser.parse_args(given)
     command = f"python -m benchmarks.own_loop --blocks {arguments.blocks} --steps {arguments.steps}"
     facts = measure.environment(command, str(loops.SEED))
     live.open_view = Unseen  # type: ignore[assignment]
     shell = InteractiveShell.instance()
     shell.run_cell("%load_ext hybrid_magic\nimport torch.nn.functional as F")
     rows = []
-    for work in [each for each in loops.WORKS if each.accumulate == 1]:
+    for work in [each for each in loops.WORKS if each.accumulate == 1][: arguments.work]:
         steps = min(arguments.steps, work.steps)
         epochs = work.epochs(steps)
         found: dict[str, tuple[list[torch.Tensor], list[Any]]] = {}
@@ -122,8 +124,8 @@ def main() -> None:
             print(rows[-1])
     facts["load"] = measure.system_load()
     saved = json.dumps({"environment": facts, "rows": rows}, default=measure.plain, indent=1)
-    (HERE / "results" / "own_loop.json").write_text(saved + "\n", encoding="utf-8")
-    (HERE / "results" / "own_loop.md").write_text(page(facts, rows), encoding="utf-8")
+    arguments.json.write_text(saved + "\n", encoding="utf-8")
+    arguments.json.with_suffix(".md").write_text(page(facts, rows), encoding="utf-8")
 
 
 def page(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:

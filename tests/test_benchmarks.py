@@ -50,6 +50,18 @@ def test_the_loop_benchmark_writes_every_field_and_finds_the_same_weights(tmp_pa
     assert str(tmp_path) not in printed
 
 
+def test_the_cell_benchmark_finds_the_same_weights_and_numbers(tmp_path):
+    saved = tmp_path / "own_loop.json"
+    shape = ("--steps", "200", "--blocks", "1", "--work", "1")
+    run("benchmarks.own_loop", *shape, "--json", str(saved))
+    uncut, cut = json.loads(saved.read_text())["rows"]
+    assert [uncut["cell"], cut["cell"]] == ["uncut", "in four micro-batches"]
+    assert uncut["weights_differ_by"] == 0.0
+    assert uncut["same_numbers"] is True
+    assert 0 < cut["weights_differ_by"] < 1e-5
+    assert "| MLP, ready batches | uncut | 1 |" in saved.with_suffix(".md").read_text()
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     """The CNN of the accuracy benchmark on 96 made-up images, one epoch."""

@@ -77,8 +77,13 @@ class CellRun:
                     f"--batch {config.batch} is passed over: this loop's batches are its own"
                 )
             config = replace(config, batch="fixed", max_batch=None)
-        view = live.open_view(plain=config.plain)
         model, called = model_of(optimizer, site.reads, frame)
+        if type(model).__name__ == "DistributedDataParallel":
+            raise HybridMagicError(
+                f"line {site.line}: {called} is a DistributedDataParallel; wanted the plain model; "
+                f"use {called}.module, and its parameters in the optimizer"
+            )
+        view = live.open_view(plain=config.plain)
         try:
             session = Session(
                 model,

@@ -240,6 +240,22 @@ def test_an_optimizer_that_is_none_is_told_at_its_line(notebook):
     assert ran.message == "line 5: opt is a int; wanted a torch.optim.Optimizer"
 
 
+def test_a_model_that_is_spread_over_devices_is_told_before_anything_runs(notebook):
+    ran = notebook.run(
+        """%%hybrid_train
+class DistributedDataParallel(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+net = DistributedDataParallel(net)
+"""
+        + LOOP
+    )
+    assert ran.error == "UsageError"
+    assert "net is a DistributedDataParallel; wanted the plain model" in ran.message
+    assert notebook.value("seen") == []
+
+
 def test_blank_lines_at_the_head_of_a_cell_count(notebook):
     ran = notebook.run("%%hybrid_train\n\n\n" + LOOP.replace("opt.step()", "opt.step(lambda: 1)"))
     assert ran.error == "UsageError"
