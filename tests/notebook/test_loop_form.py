@@ -241,16 +241,16 @@ def test_an_optimizer_that_is_none_is_told_at_its_line(notebook):
 
 
 def test_a_model_that_is_spread_over_devices_is_told_before_anything_runs(notebook):
-    ran = notebook.run(
-        """%%hybrid_train
+    made = """
 class DistributedDataParallel(nn.Module):
     def __init__(self, module):
         super().__init__()
         self.module = module
+
 net = DistributedDataParallel(net)
 """
-        + LOOP
-    )
+    notebook.run(made)
+    ran = notebook.run("%%hybrid_train" + LOOP)
     assert ran.error == "UsageError"
     assert "net is a DistributedDataParallel; wanted the plain model" in ran.message
     assert notebook.value("seen") == []
