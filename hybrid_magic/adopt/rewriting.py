@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from .cutting import KEPT, VALUES, capture
-from .names import FUNCTIONS
+from .names import FUNCTIONS, bound
 from .nodes import attribute, both, is_path, only, placed
 from .plan import Loop
 from .roles import last_name, text_of
 from .units import LOOPS, steady
 
 RUNTIME, LOOP, WORK = "_hybrid_magic", "_hybrid_loop", "_hybrid_step"
+FULL = "_hybrid_full"
 _ROLE, _PART = "_hybrid_role", "_hybrid_part"
 
 
@@ -168,9 +169,13 @@ class _Rewriter(ast.NodeTransformer):
         inside, rest = self._visited(inside), self._visited(rest)
         if not inside:
             return rest
-        opened: Any = ast.parse(f"with {LOOP}.forwarding(): pass").body[0]
+        assigned = [n for n in inside if isinstance(n, (ast.Assign, ast.AnnAssign))]
+        names = sorted(set().union(*map(bound, assigned)))
+        opened: Any = ast.parse(f"with {LOOP}.forwarding() as {FULL}: pass").body[0]
         opened.body = inside
-        return [placed(opened, inside[0]), *rest]
+        full = [ast.parse(f"{name} = {FULL}({name})").body[0] for name in names]
+        return [placed(opened, inside[0]), *rest[:1], *(placed(n, inside[-1]) for n in full),
+                *rest[1:]]  # fmt: skip
 
     def _statements(self, body: list[ast.stmt], site: int) -> list[ast.stmt]:
         """Return plain statements with those of the step, below its optimizer, taken over."""

@@ -190,16 +190,13 @@ def merged(
     return whole
 
 
-def full_precision(kept: dict[str, Any], reduced: torch.dtype | None) -> dict[str, Any]:
-    """Return kept values with tensors of the `reduced` dtype, which autocast made, in float32: the
-    person's own statements see what they would see without it."""
+def full_precision(value: Any, reduced: torch.dtype | None) -> Any:
+    """Return a value with tensors of the `reduced` dtype, which autocast made, in float32: the
+    person's own statements see what they would see without it. None: there is none such."""
 
     def of_it(leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and leaf.dtype == reduced
 
-    def widened(value: Any) -> Any:
-        if not any(map(of_it, nested.leaves(value))):
-            return value
-        return nested.map_leaves(value, lambda leaf: leaf.float() if of_it(leaf) else leaf)
-
-    return kept if reduced is None else {name: widened(value) for name, value in kept.items()}
+    if reduced is None or not any(map(of_it, nested.leaves(value))):
+        return value
+    return nested.map_leaves(value, lambda leaf: leaf.float() if of_it(leaf) else leaf)

@@ -199,7 +199,7 @@ class Session:
             kept, gathered.kept = gathered.kept, []
             shares = gathered.factors or [n / sum(data.sizes) for n in data.sizes]
             found = merged(kept, data.sizes, shares)
-            found = full_precision(found, step.precision.dtype)
+            found = {n: full_precision(v, step.precision.dtype) for n, v in found.items()}
             if len(data.sizes) > 1 and not self._proved:
                 if why := rehearse.indivisible(step, data, shares):
                     raise Unmergeable(why)
@@ -272,8 +272,8 @@ class Session:
         """Yield a batch in micro-batches; `first` and `last` tell which is in hand."""
         return self._verbatim.pieces(batch)
 
-    def forwarding(self) -> AbstractContextManager[None]:
-        """Return what the person's forward pass runs under."""
+    def forwarding(self) -> AbstractContextManager[Any]:
+        """Return what the person's forward pass runs under; it gives what undoes its precision."""
         return self._verbatim.forwarding()
 
     def backward(self, loss: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from .data import StepData
 from .device import is_out_of_memory
 from .forward import learn_reduction
 from .letting_go import let_go
+from .merge import full_precision
 from .reduction import LossWatch
 from .step import add, begin, finish, gather
 from .step_state import Gathered, StepState
@@ -70,15 +72,18 @@ class Verbatim:
         return step, data
 
     @contextlib.contextmanager
-    def forwarding(self) -> Iterator[None]:
-        """Run the person's forward pass as the run computes, watching how its loss is reduced."""
+    def forwarding(self) -> Iterator[Any]:
+        """Run the person's forward pass as the run computes, watching how its loss is reduced.
+
+        Gives a function that returns what the pass has made in float32.
+        """
         step, _ = self._ready()
         with self._failing(), contextlib.ExitStack() as stack:
             if step.precision.mixed:
                 stack.enter_context(step.precision.autocast())
             if step.reduction is None:
                 self._watch = stack.enter_context(LossWatch())
-            yield
+            yield functools.partial(full_precision, reduced=step.precision.dtype)
 
     def add(self, loss: Any) -> None:
         """Add the gradient of a loss of the piece in hand, by the piece's weight."""

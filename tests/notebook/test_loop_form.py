@@ -363,3 +363,20 @@ losses = [train_step(x, y) for epoch in range(2) for x, y in train_loader]
     assert ran.error is None, ran.out
     assert notebook.value("[run.steps, run.samples_seen, len(losses)]") == [24, 192, 24]
     assert notebook.value("max(map(max, (sizes for sizes, _ in run.sizes)))") == 3
+
+
+def test_the_rest_of_a_verbatim_step_sees_full_precision_too(notebook):
+    cell = """
+kinds = set()
+for turn in range(3):
+    opt.zero_grad()
+    out = net(images)
+    inside = str(out.dtype)
+    loss = F.cross_entropy(out, labels)
+    loss.backward()
+    opt.step()
+    kinds |= {inside, out.detach().numpy().dtype.name}
+"""
+    ran = notebook.run("%%hybrid_train --precision bf16" + cell)
+    assert ran.error is None, ran.out
+    assert notebook.value("sorted(kinds)") == ["float32", "torch.bfloat16"]
