@@ -71,7 +71,7 @@ def test_other_weights_are_seen_and_said():
     assert "**no**" in panel.page_of({"client": rows}, {"command": "x"})
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_light_client_sees_the_panel_and_the_program_writes_its_page(tmp_path):
     pytest.importorskip("ipykernel")
     saved = tmp_path / "panel.json"

@@ -40,7 +40,7 @@ PROGRAMS = {
 
 @pytest.mark.timeout(PATIENCE_S + 30)
 @pytest.mark.parametrize(
-    "program", [pytest.param("nbconvert", marks=pytest.mark.slow), "papermill"]
+    "program", [pytest.param("nbconvert", marks=pytest.mark.thorough), "papermill"]
 )
 def test_a_program_that_runs_notebooks_ends_and_keeps_table_and_figure(program, tmp_path):
     for needed in (program, "torch", "ipykernel", "ipywidgets"):
