@@ -8,9 +8,12 @@ from __future__ import annotations
 import ast
 import builtins
 import inspect
+import sys
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
+
+from IPython.display import display
 
 from ..adopt.names import reads
 from ..adopt.plan import Loop, Plan, plan_of, told
@@ -78,7 +81,7 @@ class Form:
         try:
             result = _execute(tree, name, shell.user_ns)
             if self.plan.loops and not (loops.cell is not None and loops.cell.trained):
-                print("taken over, to train whenever it is called", self.plan, sep="\n")  # noqa: T201
+                _say(shell, f"taken over, to train whenever it is called\n{self.plan}\n")
             return result
         finally:
             for function, code in swapped:
@@ -102,6 +105,14 @@ class Form:
             inner = next(const for const in code.co_consts if isinstance(const, CodeType))
             found, function.__code__ = function.__code__, inner
             yield function, found
+
+
+def _say(shell: Any, text: str) -> None:
+    """Show a text beside what the cell itself prints."""
+    if hasattr(shell, "kernel"):
+        display({"text/plain": text}, raw=True)
+    else:
+        sys.stderr.write(text)
 
 
 def _site(loop: Loop, config: TrainConfig) -> Site:
