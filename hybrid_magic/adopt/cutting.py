@@ -24,8 +24,8 @@ _AFTER_ALL = 10**9
 class Split:
     """A cut step. `params` carry the batch's data, `kept` names come back, merged, for the rest.
 
-    `work` returns (loss, its names). `captured`: `before` holds the statement that keeps `params`
-    as the batch brought them. `growable`: how much is trained is not measured in batches.
+    `work` returns (loss, its names). `captured` are those of `params` that `before`
+    keeps as the batch brought them. `growable`: how much is trained is not measured in batches.
     """
 
     params: list[str]
@@ -33,7 +33,7 @@ class Split:
     before: list[ast.stmt]
     after: list[ast.stmt]
     kept: list[str]
-    captured: bool
+    captured: list[str]
     growable: bool
     work_lines: list[int]
     rest_lines: list[int]
@@ -74,7 +74,7 @@ class _Writer:
         self.certain = set(kept) - (set(exposed(made, frozenset(kept))) - cut.roots)
         hoisted = set().union(*map(_certainly_bound, cut.of(cut.early - cut.sliced)))
         self.params = sorted(cut.inputs & (cut.roots | hoisted))
-        twice = cut.early & cut.sliced
+        captured = [name for name in self.params if name in cut.roots and cut.early & cut.sliced]
         return Split(
             params=self.params,
             work=self._work(),
@@ -82,7 +82,7 @@ class _Writer:
             after=rebuilt(cut.unit.body, cut.leaves, self._after)
             + [self._bound(*pair) for pair in self.binding.get(_AFTER_ALL, ())],
             kept=kept,
-            captured=bool(twice),
+            captured=captured,
             growable=not cut.counts_batches(),
             work_lines=sorted({leaf.node.lineno for leaf in [*cut.of(cut.sliced), cut.end]}),
             rest_lines=sorted(
@@ -152,12 +152,17 @@ class _Writer:
         if leaf.place not in self.cut.early:
             return []
         if leaf.place == min(self.cut.early & self.cut.sliced, default=None):
-            return [_at(leaf, capture(self.params, self.cut.roots)), leaf.node]
+            return [_at(leaf, self._capture()), leaf.node]
         if leaf.jumps:
             made = self.cut.of(self.cut.sliced - self.cut.early)
             names = [other.node for other in made if other.place < leaf.place and data_only(other)]
             return [_Leaving(names).visit(copy.deepcopy(leaf.node))]
         return [leaf.node]
+
+    def _capture(self) -> ast.stmt:
+        """Return the statement that keeps the batch's data as it came."""
+        pairs = (f"{name!r}: {name}" for name in self.params if name in self.cut.roots)
+        return _parsed(f"{VALUES} = {{{', '.join(pairs)}}}")
 
     def _after(self, leaf: Leaf) -> list[ast.stmt]:
         if leaf not in self.rest:
@@ -195,12 +200,6 @@ def _certainly_bound(leaf: Leaf) -> set[str]:
     """Return the names that a leaf before the work gives a value whatever happens."""
     maybe = any(isinstance(header, ast.If) for header in leaf.headers)
     return set() if maybe or isinstance(leaf.node, ast.If) else leaf.bound
-
-
-def capture(params: list[str], among: set[str] | None = None) -> ast.stmt:
-    """Return the statement that keeps the values of `params`."""
-    kept = [name for name in params if among is None or name in among]
-    return _parsed(f"{VALUES} = {{{', '.join(f'{name!r}: {name}' for name in kept)}}}")
 
 
 def _deleted(node: ast.AST) -> set[str]:

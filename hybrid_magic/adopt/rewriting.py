@@ -11,7 +11,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from .cutting import KEPT, VALUES, capture
+from .cutting import KEPT, VALUES
 from .names import FUNCTIONS, bound
 from .nodes import attribute, both, is_path, only, placed
 from .plan import Loop
@@ -142,14 +142,9 @@ class _Rewriter(ast.NodeTransformer):
             return self._verbatim(copy.deepcopy(loop.unit.body[head:]))
         before = self._visited(copy.deepcopy(split.before))
         after = self._visited(copy.deepcopy(split.after))
-        handed = VALUES
-        if not split.captured:
-            handed = text_of(capture(split.params)).partition(" = ")[2]
-        else:
-            late = [name for name in split.params if name not in _captured(before)]
-            if late:
-                pairs = ", ".join(f"{name!r}: {name}" for name in late)
-                handed = f"{{**{VALUES}, {pairs}}}"
+        kept = [f"**{VALUES}"] if split.captured else []
+        late = [f"{name!r}: {name}" for name in split.params if name not in split.captured]
+        handed = f"{{{', '.join([*kept, *late])}}}"
         text = f"{KEPT} = {LOOP}.accumulate({WORK}, {handed}, {tuple(split.kept)!r})"
         end = loop.unit.roles.backwards[0].call
         return [*before, placed(ast.parse(text).body[0], end), *after]
@@ -276,14 +271,6 @@ def _unmarked(node: Any) -> Any:
             if hasattr(part, name):
                 delattr(part, name)
     return node
-
-
-def _captured(before: list[ast.stmt]) -> set[str]:
-    for statement in before:
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Assign) and text_of(node.targets[0]) == VALUES:
-                return {key.value for key in node.value.keys}  # type: ignore[attr-defined]
-    return set()
 
 
 def _is_backward(node: ast.AST) -> bool:

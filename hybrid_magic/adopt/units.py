@@ -33,14 +33,13 @@ _WRAPPERS = ("enumerate", "tqdm", "tqdm_notebook", "notebook_tqdm", "track", "pr
 @dataclass
 class Unit:
     """The statements of one step. `node` is its loop or function, None for plain statements;
-    `owner` the statement list that it is found in, `function` the function around it."""
+    `function` the function around it."""
 
     kind: str  # "loop", "function", "statements"
     node: Any
     body: list[ast.stmt]
     function: Any
     scope: Any  # the tree whose names it shares: a function, or the whole cell
-    owner: list[ast.stmt]
     guards: list[ast.expr] = field(default_factory=list)
     roles: Roles = field(default_factory=Roles)
     loader: ast.expr | None = None  # what the loop reads, its wrappers peeled off
@@ -104,12 +103,12 @@ def _unit_of(scope: Any, function: Any, path: list[Any], kinds: Kinds) -> Unit:
     kind = "statements" if function is None else "function"
     if function is None:  # other loops of the cell are steps of their own
         body = [n for n in body if not (isinstance(n, LOOPS) and optimizer_steps(n.body, kinds))]
-    unit = Unit(kind, function, body, function, scope, body)
+    unit = Unit(kind, function, body, function, scope)
     inside = path
     for at in range(len(path) - 1, -1, -1):
         node = path[at]
         if isinstance(node, LOOPS) and optimizer_steps(node.body, kinds):
-            unit = Unit("loop", node, node.body, function, scope, path[at - 1])
+            unit = Unit("loop", node, node.body, function, scope)
             inside = path[at:]
             break
     unit.guards = [

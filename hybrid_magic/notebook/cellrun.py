@@ -12,6 +12,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from ..config import TrainConfig
+from ..engine.checks import check_optimizer_kind
 from ..engine.session import Session
 from ..errors import HybridMagicError
 from ..run import Run
@@ -65,11 +66,7 @@ class CellRun:
         if self._open is not None and self._open[0] is optimizer:
             return self._open[1]
         self.close(None)
-        if not isinstance(optimizer, Optimizer):
-            raise HybridMagicError(
-                f"line {site.line}: {site.optimizer} is a {type(optimizer).__name__}; wanted a "
-                "torch.optim.Optimizer"
-            )
+        check_optimizer_kind(optimizer, f"line {site.line}: {site.optimizer}")
         config, notes = site.config, list(site.notes)
         if not site.grows and config.batch != "fixed":
             if config.batch != "adaptive":

@@ -55,15 +55,15 @@ class Form:
 
     def __init__(self, shell: Any, cell: Cell, line: Line, called: dict[str, FunctionType]) -> None:
         self._shell, self._cell, self.called = shell, cell, called
-        self._tree = ast.increment_lineno(cell.tree, 1)  # below the magic's line
-        self.plan = plan_of(self._tree, shell.user_ns, calls_training=bool(called))
+        tree = ast.increment_lineno(cell.tree, 1)  # below the magic's line
+        self.plan = plan_of(tree, shell.user_ns, calls_training=bool(called))
         self._functions = {
             name: plan
             for name, function in called.items()
             if (plan := plan_of_function(function, shell.user_ns)) is not None
         }
         for name, plan in self._functions.items():
-            self.plan.refusal = self.plan.refusal or refusal_at_call(self._tree, name, plan)
+            self.plan.refusal = self.plan.refusal or refusal_at_call(tree, name, plan)
         if (refusal := self.plan.refusal) is not None:
             raise HybridMagicError(f"line {refusal.line}: {refusal.text}")
         _check_options(line, cell.text)

@@ -165,13 +165,20 @@ def _trained(
         run = runs.last_run if runs.last_run is not before else None
         if name is not None and run is not None:
             shell.user_ns[name] = run
-        interrupted = isinstance(ended, KeyboardInterrupt) and type(ended).__name__ != "Stopped"
+        interrupted = isinstance(ended, KeyboardInterrupt) and not _is_stop(ended)
         ended = None  # it holds this frame
     if mistake is not None:
         raise UsageError(mistake)
     if interrupted:
         raise Interrupted(_ENDED if run is not None else "nothing had been trained")
     return result
+
+
+def _is_stop(error: BaseException) -> bool:
+    """Return whether training that was stopped by hand was asked to go on."""
+    from .adopted import Stopped
+
+    return isinstance(error, Stopped)
 
 
 def _loops(shell: Any) -> Loops:
