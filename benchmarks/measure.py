@@ -12,7 +12,6 @@ import hashlib
 import os
 import pathlib
 import platform
-import random
 import statistics
 import sys
 import threading
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 import hybrid_magic
+from hybrid_magic.policy import comparison
 
 # Ways in which a program reads a tensor's value on the host, and so waits for the device.
 HOST_READS = (
@@ -61,9 +61,7 @@ def bootstrap(
     draws: int = 4000,
 ) -> Interval:
     """Return `statistic` of `values` with its 95 % percentile bootstrap interval (fixed seed)."""
-    source = random.Random(0)
-    drawn = sorted(statistic(source.choices(values, k=len(values))) for _ in range(draws))
-    low, high = drawn[int(0.025 * draws)], drawn[int(0.975 * draws) - 1]
+    low, high = comparison.bootstrap(values, statistic, draws=draws)
     return Interval(statistic(values), low, high, len(values))
 
 

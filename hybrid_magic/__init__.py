@@ -17,14 +17,31 @@ from typing import TYPE_CHECKING, Any
 from .errors import ConfigError, HybridMagicError
 
 if TYPE_CHECKING:
+    from .ablation import Ablation, load_ablation
+    from .engine.ablate import ablate
     from .engine.train import train
     from .notebook.planned import explain
+    from .records import TrialRecord
     from .run import Run, load_run
 
 __version__ = "0.1.0"
-__all__ = ["ConfigError", "HybridMagicError", "Run", "explain", "last_run", "load_run", "train"]
+__all__ = [
+    "Ablation",
+    "ConfigError",
+    "HybridMagicError",
+    "Run",
+    "TrialRecord",
+    "ablate",
+    "explain",
+    "last_ablation",
+    "last_run",
+    "load_ablation",
+    "load_run",
+    "train",
+]
 
 last_run: Run | None
+last_ablation: Ablation | None
 
 
 def load_ipython_extension(shell: Any) -> None:
@@ -39,6 +56,10 @@ def __getattr__(name: str) -> Any:
         from .engine.train import train
 
         return train
+    if name == "ablate":
+        from .engine.ablate import ablate
+
+        return ablate
     if name == "explain":
         from .notebook.planned import explain
 
@@ -47,6 +68,14 @@ def __getattr__(name: str) -> Any:
         from . import run
 
         return getattr(run, name)
+    if name in ("Ablation", "last_ablation", "load_ablation"):
+        from . import ablation
+
+        return getattr(ablation, name)
+    if name == "TrialRecord":
+        from .records import TrialRecord
+
+        return TrialRecord
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -194,6 +194,43 @@ class TrainConfig:
         return cls(**options)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AblateConfig(TrainConfig):
+    """Every option of an ablation: those of a run, and how it is varied.
+
+    Raises:
+        ConfigError: a value that cannot be used, or one that a variant contradicts.
+    """
+
+    variants: tuple[str, ...] = _option(
+        ("fp32", "mp", "mp+ga", "hybrid"),
+        read.variants,
+        "NAMES",
+        "ways to train: hybrid, or of fp32, tf32, mp, ga, abs one or several joined by +",
+    )
+    seeds: tuple[int, ...] = _option(
+        (0,), read.seeds, "N|LIST", "how many seeds, or which (0,1,2); the first alone is 0"
+    )
+    restore: bool = _option(
+        False, read.flag, "", "leave the model as it was; else as the last hybrid run left it"
+    )
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        if self.seed is not None:
+            if self.seeds != (0,):
+                raise ConfigError(
+                    f"--seed {self.seed} and --seeds are given; wanted one of them; leave one out"
+                )
+            object.__setattr__(self, "seeds", (self.seed,))
+        mixed = [name for name in self.variants if "mp" in name.split("+")]
+        if mixed and self.precision == "fp32":
+            raise ConfigError(
+                f"--precision fp32 leaves nothing for the variant {mixed[0]}; wanted what it mixes "
+                "with: auto, bf16 or fp16; leave --precision or the variant out"
+            )
+
+
 def flag_of(item: dataclasses.Field[Any]) -> str:
     """Return the option's spelling in a magic: `--max-batch` for the field `max_batch`."""
     return item.metadata["flag"] or "--" + item.name.replace("_", "-")

@@ -13,3 +13,7 @@ class HybridMagicError(Exception):
 
 class ConfigError(HybridMagicError, ValueError):
     """An option whose value cannot be used."""
+
+
+class OutOfMemoryError(HybridMagicError):
+    """Memory ran out where no smaller piece was left to try."""

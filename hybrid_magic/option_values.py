@@ -98,6 +98,41 @@ def names(value: Any) -> tuple[str, ...]:
     return names
 
 
+ARITHMETIC = ("fp32", "tf32", "mp")  # a variant has one of them at most
+TECHNIQUES = (*ARITHMETIC, "ga", "abs")
+
+
+def variants(value: Any) -> tuple[str, ...]:
+    """Return the names of ways to train, each once: words of TECHNIQUES joined by +, or hybrid."""
+    wanted = f"hybrid, or of {', '.join(TECHNIQUES)} one or several joined by +, such as mp+ga"
+    given: Any = value.split(",") if isinstance(value, str) else value
+    if not isinstance(given, (list, tuple)) or not given:
+        raise ValueError(wanted)
+    found = tuple("".join(str(name).split()) for name in given)  # type: ignore[reportUnknownVariableType]
+    for name in found:
+        words = name.split("+")
+        if name != "hybrid" and not set(words) <= set(TECHNIQUES):
+            raise ValueError(wanted)
+        if len(set(words)) < len(words) or sum(word in ARITHMETIC for word in words) > 1:
+            raise ValueError(f"each word once, and one of {', '.join(ARITHMETIC)} at most: {name}")
+    if len(set(found)) < len(found):
+        raise ValueError("each variant once")
+    return found
+
+
+def seeds(value: Any) -> tuple[int, ...]:
+    """Return seeds: those of a list, also of text such as 0,1,2; of a number so many, from 0."""
+    listed: Any = value.split(",") if isinstance(value, str) and "," in value else value
+    try:
+        several = isinstance(listed, (list, tuple, range))
+        found = tuple(map(integer(0), listed)) if several else tuple(range(integer(1)(value)))  # type: ignore[reportUnknownArgumentType]
+    except ValueError:
+        found = ()
+    if not found or len(set(found)) < len(found):
+        raise ValueError("a number of seeds such as 5, or a list such as 0,1,2, each once")
+    return found
+
+
 def _is_name(text: str) -> bool:
     return text.isidentifier() and not keyword.iskeyword(text)
 

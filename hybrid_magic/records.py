@@ -95,7 +95,44 @@ class NoteRecord:
     text: str
 
 
-Record = StartRecord | StepRecord | BatchChangeRecord | ValidationRecord | NoteRecord
+@dataclass(frozen=True, slots=True)
+class TrialStartRecord:
+    """One run of an ablation begins: the `number`th of `total`, or steps to warm `variant` up
+    (`number` is None), outside the clock."""
+
+    number: int | None
+    total: int
+    variant: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRecord:
+    """What one run of an ablation gave.
+
+    `outcome` is "finished" or "oom". `seconds` is training as a person waits for it, measuring
+    included, validation not. `peak_allocated_bytes` is that of the steps. `accuracy` is a share, as
+    the step or the cell gives it.
+    """
+
+    variant: str
+    seed: int
+    outcome: str
+    seconds: float | None = None
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    accuracy: float | None = None
+    loss: float | None = None
+    steps: int = 0
+    samples_seen: int = 0
+    precision: str | None = None
+    error: str | None = None
+
+
+Record = (
+    StartRecord | StepRecord | BatchChangeRecord | ValidationRecord | NoteRecord
+    | TrialStartRecord | TrialRecord
+)  # fmt: skip
 Sink = Callable[[Record], None]
 
 _KINDS: dict[str, type] = {
@@ -104,6 +141,8 @@ _KINDS: dict[str, type] = {
     "change": BatchChangeRecord,
     "validation": ValidationRecord,
     "note": NoteRecord,
+    "trial_start": TrialStartRecord,
+    "trial": TrialRecord,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from . import records
 from .errors import HybridMagicError
 from .records import BatchChangeRecord, NoteRecord, StartRecord, StepRecord, ValidationRecord
 from .sizes import StepSizes
+from .writing import written_whole
 
 last_run: Run | None = None  # the newest Run of this process, also of one that did not finish
 
@@ -171,7 +171,6 @@ class Run:
         The file is written under a temporary name and renamed, so that a half-written one is never
         found under `path`.
         """
-        target = pathlib.Path(path)
         head = {
             "kind": "run",
             "format": FORMAT,
@@ -182,16 +181,9 @@ class Run:
             "notes": self.notes,
             "sizes": self.sizes.entries(),
         }
-        part = target.with_name(f"{target.name}.{os.getpid()}.part")
-        try:
-            with open(part, "w", encoding="utf-8") as file:
-                for line in (head, *map(records.as_json, self._records())):
-                    file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
+        with written_whole(path) as file:
+            for line in (head, *map(records.as_json, self._records())):
+                file.write(json.dumps(line) + "\n")
 
     def _records(self) -> Iterator[records.Record]:
         if self.start is not None:

@@ -11,10 +11,15 @@ from hybrid_magic.records import (
     NoteRecord,
     StartRecord,
     StepRecord,
+    TrialRecord,
+    TrialStartRecord,
     ValidationRecord,
 )
 
-KINDS = [StartRecord, StepRecord, BatchChangeRecord, ValidationRecord, NoteRecord]
+KINDS = [
+    *(StartRecord, StepRecord, BatchChangeRecord, ValidationRecord, NoteRecord),
+    *(TrialStartRecord, TrialRecord),
+]
 FINITE = st.floats(allow_nan=False)
 NUMBERS = st.dictionaries(st.text(), FINITE, max_size=3)
 OF_TYPE = {

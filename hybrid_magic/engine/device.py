@@ -7,6 +7,8 @@ reading is `None`. `late` says that readings are of queued work, to be taken a s
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import os
 import sys
@@ -81,11 +83,8 @@ class DeviceProbe:
         """Return what `--memory` allows: a fraction of what this process can have, or bytes."""
         if isinstance(memory, int) and memory > 1:
             return memory
-        return (
-            None
-            if self.total_bytes is None
-            else int(memory * (self.total_bytes - self.taken_bytes))
-        )
+        total = self.total_bytes
+        return None if total is None else int(memory * (total - self.taken_bytes))
 
 
 class CpuProbe(DeviceProbe):
@@ -120,6 +119,12 @@ class CpuProbe(DeviceProbe):
                 file.write("5")
         except OSError:  # not Linux, or a container that forbids it: the peak is the process's own
             pass
+
+    def release(self) -> None:
+        super().release()
+        if self._status is not None:
+            with contextlib.suppress(AttributeError, OSError):  # glibc's: others give back at once
+                ctypes.CDLL(None).malloc_trim(0)
 
     def peak(self) -> tuple[int | None, int | None]:
         if self._status is None:
@@ -193,17 +198,13 @@ class CudaProbe(DeviceProbe):
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak(self) -> tuple[int | None, int | None]:
-        return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(
-            self.device
-        )
+        device = self.device
+        return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
 
     def pressure(self) -> bool:
-        retries, before = (
-            torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0),
-            self._retries,
-        )
-        self._retries = retries
-        return retries > before
+        before, stats = self._retries, torch.cuda.memory_stats(self.device)
+        self._retries = stats.get("num_alloc_retries", 0)
+        return self._retries > before
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)

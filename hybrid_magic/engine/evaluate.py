@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import HybridMagicError
+from ..errors import OutOfMemoryError
 from . import nested
 from .device import attempt
 from .forward import forward
@@ -47,7 +47,7 @@ def evaluate(state: StepState, loader: Any) -> dict[str, float]:
                 state.device.release()
                 most = (nested.count(piece) or 1) // 2
                 if not most:
-                    raise HybridMagicError(
+                    raise OutOfMemoryError(
                         f"out of memory on {state.device.name} in validation ({found}); wanted "
                         "room for a single sample, or a batch that can be cut between samples; "
                         "make the validation loader's batch smaller"

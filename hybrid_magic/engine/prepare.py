@@ -84,15 +84,25 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 def attributes_kept(model: nn.Module) -> Iterator[None]:
     """Put back what every layer holds beside its tensors: its mode, and what a forward pass leaves
     there, such as a hidden state."""
-    found = [(module, dict(module.__dict__)) for module in model.modules()]
+    put_back = attributes(model)
     try:
         yield
     finally:
+        put_back()
+
+
+def attributes(model: nn.Module) -> Callable[[], None]:
+    """Return what gives every layer the attributes that it has now."""
+    found = [(module, dict(module.__dict__)) for module in model.modules()]
+
+    def put_back() -> None:
         for module, held in found:
             now = module.__dict__
             for name in now.keys() - held.keys():
                 del now[name]
             now.update((name, value) for name, value in held.items() if now.get(name) is not value)
+
+    return put_back
 
 
 def _modes(model: nn.Module) -> Callable[[], None]:

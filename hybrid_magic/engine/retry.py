@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..errors import HybridMagicError
+from ..errors import HybridMagicError, OutOfMemoryError
 from ..policy import batch as cutting
 from . import nested
 from .data import StepData
@@ -84,12 +84,12 @@ def _smaller(
     sizes = sizing.recut(sum(data.sizes))
     smaller = recut(data, sizes)
     if smaller is None:
-        raise HybridMagicError(
+        raise OutOfMemoryError(
             f"{why}; wanted to cut it smaller, and this batch cannot be cut between samples; make "
             "the loader's batch smaller"
         )
     if max(sizes) >= max(data.sizes):
-        raise HybridMagicError(
+        raise OutOfMemoryError(
             f"{why}; wanted room for the smallest micro-batch there can be; free the memory that "
             "others hold (%hybrid_free), or use --precision bf16, shorter samples, activation "
             "checkpointing, or an optimizer with less state"

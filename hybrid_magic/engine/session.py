@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..config import TrainConfig
-from ..errors import HybridMagicError
+from ..errors import HybridMagicError, OutOfMemoryError
 from ..records import NoteRecord, Sink
 from ..run import Run
 from . import nested, rehearse
@@ -255,7 +255,7 @@ class Session:
                 run.probe.release()
                 result, words = attempt(apply, step, gathered, factor)
             if words is not None:
-                raise HybridMagicError(
+                raise OutOfMemoryError(
                     f"out of memory on {run.probe.name} in the optimizer's step ({words}); "
                     "wanted room for its state; free the memory that others hold (%hybrid_free), "
                     "or use an optimizer with less state"

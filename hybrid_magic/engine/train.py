@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..config import TrainConfig
-from ..errors import HybridMagicError
+from ..errors import HybridMagicError, OutOfMemoryError
 from ..records import Sink
 from ..run import Run
 from .control import RunControl
@@ -92,7 +92,7 @@ def train(
         let_go(error)
         raise
     if memory is not None:
-        raise HybridMagicError(
+        raise OutOfMemoryError(
             f"out of memory outside a training step ({memory}); wanted room for the model; free "
             "the memory that others hold (%hybrid_free), or use a smaller model"
         )

@@ -66,6 +66,11 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def seconds(number: float) -> str:
+    """Return a training time to three digits: 0.129 s, 41.3 s; from a minute on 2 min 05 s."""
+    return duration(number) if number >= 59.95 else f"{value(number)} s"
+
+
 def rate(samples_per_second: float | None) -> str:
     """Return a speed: 12,300 samples/s."""
     if samples_per_second is None:

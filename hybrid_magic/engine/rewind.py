@@ -1,0 +1,138 @@
+"""Beginnings: what training changes of a person's things, to be put back any number of times.
+
+Copies lie on the host, so that they take nothing of the memory that is being compared. Knows no
+training.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .prepare import attributes
+from .randomness import RandomState
+
+PutBack = Callable[[], None]
+
+
+def beginning(things: Iterable[Any], device: torch.device) -> PutBack:
+    """Return what puts `things` and the random generators back to how they are now.
+
+    Args:
+        things: modules, optimizers, torch.Generators, and whatever else has a `state_dict`
+            (schedulers, a GradScaler); others are passed over, and so is None.
+        device: the one that trains.
+    """
+    works = [work for thing in things if (work := _of(thing)) is not None]
+    works.append(RandomState(device).put_back)
+
+    def put_back() -> None:
+        for work in works:
+            work()
+
+    return put_back
+
+
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """Return the generators that a DataLoader draws its order from, each once."""
+    found: dict[int, torch.Generator] = {}
+    waiting = [loader]
+    while waiting:
+        owner = waiting.pop()
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            found[id(generator)] = generator
+        parts = (getattr(owner, name, None) for name in ("sampler", "batch_sampler"))
+        waiting += [part for part in parts if part is not None and part is not owner]
+    return list(found.values())
+
+
+def _of(thing: Any) -> PutBack | None:
+    if isinstance(thing, nn.Module):
+        return _module(thing)
+    if isinstance(thing, torch.optim.Optimizer):
+        return _optimizer(thing)
+    if isinstance(thing, torch.Generator):
+        state = thing.get_state()
+        return lambda: _ignore(thing.set_state(state))
+    if hasattr(thing, "load_state_dict") and not isinstance(thing, type):
+        held = copy.deepcopy(thing.state_dict())
+        return lambda: _ignore(thing.load_state_dict(copy.deepcopy(held)))
+    return None
+
+
+def _ignore(_: object) -> None:
+    """Return nothing, of whatever."""
+
+
+def _module(model: nn.Module) -> PutBack:
+    put_attributes_back = attributes(model)
+    places: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (place, dict(place))
+        for module in model.modules()
+        for place in (module._parameters, module._buffers)
+    ]
+    tensors = {id(tensor): tensor for tensor in _tensors(place for place, _ in places)}
+    held = [(tensor, _on_host(tensor), tensor.requires_grad) for tensor in tensors.values()]
+
+    def put_back() -> None:
+        put_attributes_back()
+        for place, found in places:
+            place.clear()
+            place.update(found)
+        with torch.no_grad():
+            for tensor, kept, trained in held:
+                tensor.detach().copy_(kept)
+                tensor.requires_grad_(trained)
+                tensor.grad = None
+
+    return put_back
+
+
+def _tensors(places: Iterable[dict[str, Any]]) -> Iterator[Tensor]:
+    for place in places:
+        yield from (value for value in place.values() if value is not None)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _optimizer(optimizer: torch.optim.Optimizer) -> PutBack:
+    groups = [
+        {name: value if name == "params" else copy.deepcopy(value) for name, value in group.items()}
+        for group in optimizer.param_groups
+    ]
+    states = [
+        (param, {name: _host_copy(value) for name, value in state.items()})
+        for param, state in optimizer.state.items()
+    ]
+
+    def put_back() -> None:
+        for group, found in zip(optimizer.param_groups, groups, strict=True):
+            group.clear()
+            group.update(
+                {name: value if name == "params" else copy.deepcopy(value)
+                 for name, value in found.items()}
+            )  # fmt: skip
+        optimizer.state.clear()
+        for param, state in states:
+            optimizer.state[param] = {name: _given(value) for name, value in state.items()}
+
+    return put_back
+
+
+def _host_copy(value: Any) -> Any:
+    """Return a value of an optimizer's state and where it is to be."""
+    if isinstance(value, Tensor):
+        return value.device, _on_host(value)
+    return None, copy.deepcopy(value)
+
+
+def _given(held: tuple[torch.device | None, Any]) -> Any:
+    device, value = held
+    return copy.deepcopy(value) if device is None else value.to(device, copy=True)

@@ -1,0 +1,223 @@
+"""The table of an ablation as text, HTML, LaTeX and CSV: the paper's columns, with their spread.
+
+What stands in a cell is decided once (`cells`) and laid out four times. Every name is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import textwrap
+from html import escape
+from typing import Any
+
+from ..ablation import Ablation, Row
+from ..policy.comparison import Estimate
+from ..records import TrialRecord
+from . import bars, verdicts
+from . import quantities as q
+from .tables import WIDTH
+
+HEADS = ("variant", "precision", "training time", "peak memory", "accuracy", "speedup")
+MINUS, PLUS_MINUS, DELTA = "\N{MINUS SIGN}", "\N{PLUS-MINUS SIGN}", "\N{GREEK CAPITAL LETTER DELTA}"
+DISPLAY_WIDTH_PX = 860
+
+
+def heads() -> list[str]:
+    """Return the columns: the paper's, and the differences from the first variant."""
+    return [*HEADS, *(f"{DELTA} {what}" for what in ("time", "memory", "points"))]
+
+
+def cells(ablation: Ablation) -> list[list[str]]:
+    """Return a row of words for each variant; what is not known is left empty."""
+    scale = verdicts.points_per_unit(ablation)
+    return [_cells(row, scale, first=at == 0) for at, row in enumerate(ablation.variants)]
+
+
+def _cells(row: Row, scale: float, *, first: bool) -> list[str]:
+    if row.outcome != "finished":
+        said = "out of memory" if row.outcome == "oom" else "not run"
+        return [row.name, row.precision or "", said, *[""] * 6]
+    known = [
+        row.name,
+        row.precision or "",
+        _spread(row.seconds, q.seconds),
+        _spread(row.peak_allocated_bytes, q.size),
+        _points(row.accuracy, scale),
+    ]
+    if first:
+        return [*known, f"1 {q.TIMES}", "", "", ""]
+    return [
+        *known,
+        _spread(row.speedup, lambda ratio: f"{ratio:.2f}") + f" {q.TIMES}" if row.speedup else "",
+        _reduction(row.time_reduction_ratio),
+        _reduction(row.memory_reduction_ratio),
+        _signed(row.accuracy_delta, scale),
+    ]
+
+
+def _spread(of: Estimate | None, said: Any) -> str:
+    if of is None:
+        return ""
+    small = of.spread is None or of.spread < 5e-3 * of  # what the last digit shown hides anyway
+    return said(of) if small else f"{said(of)} {PLUS_MINUS} {said(of.spread)}"
+
+
+def _points(of: Estimate | None, scale: float) -> str:
+    if of is None:
+        return ""
+    spread = "" if of.spread is None else f" {PLUS_MINUS} {scale * of.spread:.2f}"
+    return f"{scale * of:.2f}{spread} %"
+
+
+def _reduction(of: Estimate | None) -> str:
+    """Return a reduction as the paper writes it: a minus for what was saved."""
+    if of is None:
+        return ""
+    found = f"{-100 * of:+.1f}".replace("-", MINUS)
+    return ("0.0" if found[1:] == "0.0" else found) + " %"
+
+
+def _signed(of: Estimate | None, scale: float) -> str:
+    if of is None:
+        return ""
+    found = f"{scale * of:+.2f}".replace("-", MINUS)
+    if of.low is None or of.high is None or of.low == of.high:
+        return found
+    low, high = (f"{scale * end:+.2f}".replace("-", MINUS) for end in (of.low, of.high))
+    return f"{found} [{low}, {high}]"
+
+
+def caption(ablation: Ablation) -> str:
+    """Return what the numbers are of: seeds, device, how the ablation ended."""
+    n = len(ablation.seeds)
+    device = ablation.environment.get("device")
+    words = [f"{n} seed{'' if n == 1 else 's'}"]
+    words += [f"on {device}"] if device else []
+    words += [f"torch {ablation.environment['torch']}"] if "torch" in ablation.environment else []
+    spread = "; mean and standard deviation over the seeds" if n > 1 else ""
+    if len(ablation.names) > 1:
+        spread += f"; {DELTA}: against {ablation.names[0]}, seed by seed"
+    ended = "" if ablation.outcome == "finished" else f"; {ablation.outcome} before its end"
+    return ", ".join(words) + spread + ended
+
+
+def text(ablation: Ablation) -> str:
+    """Return the table as text, with what may be said below it."""
+    shown = [heads(), *cells(ablation)]
+    kept = [at for at in range(len(shown[0])) if any(row[at] for row in shown[1:])]
+    widths = [max(len(row[at]) for row in shown) for at in kept]
+    lines = [f"Ablation: {caption(ablation)}", ""]
+    for row in shown:
+        laid = (
+            row[at].ljust(wide) if at < 2 else row[at].rjust(wide)
+            for at, wide in zip(kept, widths, strict=True)
+        )
+        lines.append("  ".join(laid).rstrip())
+    said = [
+        textwrap.fill(sentence, WIDTH, initial_indent="- ", subsequent_indent="  ")
+        for sentence in (*verdicts.sentences(ablation), *ablation.notes)
+    ]
+    return "\n".join([*lines, "", *said] if said else lines)
+
+
+def html(ablation: Ablation) -> str:
+    """Return the table as HTML, readable where styles are stripped."""
+    left = 'style="text-align: left; color: inherit"'
+    right = 'style="text-align: right; color: inherit; white-space: nowrap"'
+    top = "".join(
+        f'<th scope="col" {left if at < 2 else right}>{escape(head)}</th>'
+        for at, head in enumerate(heads())
+    )
+    rows = []
+    for name, *rest in cells(ablation):
+        body = "".join(
+            f"<td {left if at == 0 else right}>{escape(q.unbroken(cell))}</td>"
+            for at, cell in enumerate(rest)
+        )
+        rows.append(f'<tr><th scope="row" {left}>{escape(name)}</th>{body}</tr>')
+    said = "".join(
+        f"<li>{escape(q.unbroken(sentence))}</li>"
+        for sentence in (*verdicts.sentences(ablation), *ablation.notes)
+    )
+    return (
+        '<div style="overflow-x: auto"><table style="color: inherit; margin: 0 0 0.8em 0">'
+        '<caption style="text-align: left; white-space: nowrap; color: inherit">'
+        f"<b>Ablation</b>: {escape(caption(ablation))}</caption>"
+        f"<tr>{top}</tr>{''.join(rows)}</table></div>" + (f"<ul>{said}</ul>" if said else "")
+    )
+
+
+_TEX = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}"}
+_TEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+_TEX |= {MINUS: "$-$", PLUS_MINUS: r"$\pm$", q.TIMES: r"$\times$", DELTA: r"$\Delta$"}
+
+
+def latex(ablation: Ablation) -> str:
+    """Return the table as a tabular; it wants \\usepackage{booktabs}."""
+    shown = [heads(), *cells(ablation)]
+    lines = [" & ".join(map(_tex, row)) + r" \\" for row in shown]
+    columns = "ll" + "r" * (len(shown[0]) - 2)
+    return "\n".join(
+        [
+            f"% {caption(ablation)}",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            lines[0],
+            r"\midrule",
+            *lines[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def _tex(said: str) -> str:
+    return "".join(_TEX.get(letter, letter) for letter in said)
+
+
+def csv(ablation: Ablation) -> str:
+    """Return a line a trial with plain numbers; empty is unknown."""
+    import csv as writing
+
+    names = [item.name for item in dataclasses.fields(TrialRecord)]
+    held = io.StringIO()
+    writer = writing.writer(held, lineterminator="\n")
+    writer.writerow(names)
+    for trial in ablation.trials:
+        values = (getattr(trial, name) for name in names)
+        writer.writerow(["" if value is None else value for value in values])
+    return held.getvalue()
+
+
+def mimebundle(ablation: Ablation) -> dict[str, Any]:
+    """Return the ablation for `display`: the table as text, table and figure as one HTML page."""
+    said = text(ablation)
+    image = base64.b64encode(bars.png(bars.figure(ablation))).decode("ascii")
+    picture = (
+        f'<img src="data:image/png;base64,{image}" alt="{escape(alt_text(ablation))}" '
+        f'width="{DISPLAY_WIDTH_PX}" style="max-width: 100%; height: auto">'
+    )
+    return {"text/plain": said, "text/html": html(ablation) + picture}
+
+
+def figure_bundle(ablation: Ablation) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the figure alone and its metadata: a PNG, and the words that stand in for it."""
+    alt = alt_text(ablation)
+    image = base64.b64encode(bars.png(bars.figure(ablation))).decode("ascii")
+    return {"image/png": image, "text/plain": alt}, {
+        "image/png": {"width": DISPLAY_WIDTH_PX, "alt": alt}
+    }
+
+
+def alt_text(ablation: Ablation) -> str:
+    """Return what the figure shows, in words with its numbers."""
+    shown = zip(heads(), *cells(ablation), strict=True)
+    name, _, seconds, memory, accuracy, *_ = map(list, shown)
+    told = [
+        f"{name[at]}: " + ", ".join(word for word in cell if word)
+        for at, cell in enumerate(zip(seconds[1:], memory[1:], accuracy[1:], strict=True), start=1)
+    ]
+    return "Training time, peak memory and accuracy of each variant. " + "; ".join(told) + "."

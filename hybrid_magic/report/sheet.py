@@ -1,0 +1,93 @@
+"""The sheet that a run's plots are drawn on: a Figure on an Agg canvas, its layout, its PNG.
+
+pyplot and its global state are never touched, matplotlib is imported when a sheet is asked for.
+Room is made from the length of the tick labels: matplotlib's own layout measures every text twice
+and took as long as the drawing. Knows no run.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .palette import STYLE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SIZE_INCHES, DPI = (8.6, 6.8), 140  # 1204 x 952 pixels; 11 pt stands 7.5 px high at a width of 420
+_WIDTH, _HEIGHT = (72 * inches for inches in SIZE_INCHES)  # from here on in points
+_TITLE, _BELOW = 25.0, 44.0  # above each plot; below it, for tick labels and the name of the axis
+_EDGE, _AT_RIGHT = 6.0, 6.0  # around the sheet; for half a tick label beyond a plot's end
+_NAME, _TICK = 17.0, 8.0  # the name of a vertical axis; a tick and its distance to the label
+_LETTER = 0.64 * STYLE["ytick.labelsize"]  # a digit's width; other signs of a number have less
+_TALL = (_HEIGHT - 2 * (_TITLE + _BELOW) - _EDGE) / 2
+
+
+def figure(draw: Callable[[list[Axes]], None]) -> Figure:
+    """Return a Figure that shows itself as a PNG in a notebook.
+
+    Args:
+        draw: is given four empty plots, row by row, and draws on them.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    class Sheet(Figure):
+        """A Figure that a notebook shows although pyplot was never imported."""
+
+        def _repr_png_(self) -> bytes:
+            return png(self)
+
+    with mpl.rc_context(STYLE):
+        sheet = Sheet(figsize=SIZE_INCHES, dpi=DPI)
+        FigureCanvasAgg(sheet)
+        plots = [sheet.add_axes(_place(row, 0.0, 100.0)) for row in (1, 1, 0, 0)]
+        draw(plots)
+        _settle(plots)  # while the style holds: ticks are made here
+    return sheet
+
+
+def png(sheet: Figure) -> bytes:
+    """Return the figure as PNG bytes, in 256 colours: a third of the size, and no eye sees it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas, small = FigureCanvasAgg(sheet), io.BytesIO()
+    canvas.draw()  # savefig would draw it twice, and encode what is decoded here
+    drawn = Image.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba()))
+    few = drawn.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    colours, ground = few.getpalette() or [], 3 * int(few.getpixel((0, 0)))  # type: ignore[arg-type]
+    colours[ground : ground + 3] = [255] * 3  # the ground is averaged with what is nearly white
+    few.putpalette(colours)
+    few.save(small, format="png", compress_level=6)  # 9 takes eight times as long for a tenth less
+    return small.getvalue()
+
+
+def _settle(plots: list[Axes]) -> None:
+    """Place the plots so that each column has room for its longest tick label."""
+    for axes in plots:
+        axes.xaxis.get_ticklabels()
+    longest = [max(map(_longest, plots[column::2])) for column in (0, 1)]
+    room = [_NAME + _TICK + _LETTER * letters for letters in longest]
+    width = (_WIDTH - 2 * _EDGE - sum(room) - 2 * _AT_RIGHT) / 2
+    left = [_EDGE + room[0], _WIDTH - _EDGE - _AT_RIGHT - width]
+    for at, axes in enumerate(plots):
+        row, column = divmod(at, 2)
+        axes.set_position(_place(1 - row, left[column], width))
+        # Where a name stands is said, else all tick labels are measured for it.
+        axes.yaxis.set_label_coords((_NAME - 3.0 - room[column]) / width, 0.5)
+        axes.xaxis.set_label_coords(0.5, -(_BELOW - 21.0) / _TALL)
+
+
+def _longest(axes: Axes) -> int:
+    return max((len(label.get_text()) for label in axes.yaxis.get_ticklabels()), default=0)
+
+
+def _place(row: int, left: float, width: float) -> Any:
+    """Return a plot's place as fractions of the sheet; row 0 is the lower one."""
+    bottom = _EDGE / 2 + _BELOW + row * (_TALL + _TITLE + _BELOW)
+    return left / _WIDTH, bottom / _HEIGHT, width / _WIDTH, _TALL / _HEIGHT
