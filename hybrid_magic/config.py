@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from . import option_values as read
 from .errors import ConfigError
@@ -22,6 +22,9 @@ def _option(
     return field(
         default=default, metadata={"read": reader, "metavar": metavar, "help": help, "flag": flag}
     )
+
+
+_Config = TypeVar("_Config", bound="TrainConfig")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,7 +182,7 @@ class TrainConfig:
         return {**values, "log": None if self.log is None else list(self.log)}
 
     @classmethod
-    def from_options(cls, options: dict[str, Any]) -> TrainConfig:
+    def from_options(cls: type[_Config], options: dict[str, Any]) -> _Config:
         """Return the config of keyword options.
 
         Raises:

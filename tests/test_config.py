@@ -229,11 +229,11 @@ def test_what_only_looks_like_a_contradiction_is_accepted(options):
 def test_one_field_is_one_option_one_help_line_and_one_json_key():
     from hybrid_magic.notebook import arguments
 
-    help_lines = arguments.help_text("hybrid_train").split("Options:\n")[1].splitlines()
-    assert len(FIELDS) == len(arguments.OPTIONS) == len(help_lines)
+    help_lines = arguments.help_text(arguments.TRAIN).split("Options:\n")[1].splitlines()
+    assert len(FIELDS) == len(arguments.TRAIN.options) == len(help_lines)
     assert list(TrainConfig().as_json()) == [item.name for item in FIELDS]
     for item, (flag, field), line in zip(
-        FIELDS, arguments.OPTIONS.items(), help_lines, strict=True
+        FIELDS, arguments.TRAIN.options.items(), help_lines, strict=True
     ):
         assert field is item
         assert flag == "-o" if item.name == "o" else flag == "--" + item.name.replace("_", "-")

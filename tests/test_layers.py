@@ -38,7 +38,14 @@ MAY_IMPORT = {
     "launch": GROUND | {"policy", "run", "report", "engine"},
     "notebook": GROUND
     | {"policy", "run", "ablation", "report", "telemetry", "adopt", "engine", "launch"},
-    "hybrid_magic": {"errors", "records", "run", "ablation", "engine", "notebook"},  # the package's own __init__
+    "hybrid_magic": {
+        "errors",
+        "records",
+        "run",
+        "ablation",
+        "engine",
+        "notebook",
+    },  # the package's own __init__
 }
 FRONT_ENDS = {"IPython", "ipywidgets", "ipykernel", "traitlets", "comm", "jupyter_client"}
 DRAWING = {"matplotlib", "tqdm"}

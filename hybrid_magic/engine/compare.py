@@ -7,6 +7,7 @@ that rotates from seed to seed. Knows neither how a run is made nor how it is sh
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import torch
 from .. import ablation as ablations
 from ..ablation import Ablation
 from ..config import AblateConfig, TrainConfig
-from ..errors import OutOfMemoryError
+from ..errors import HybridMagicError, OutOfMemoryError
 from ..policy.variants import Variant, variant_of
 from ..records import Record, Sink, StartRecord, StepRecord, TrialRecord, TrialStartRecord
 from ..run import Run
@@ -58,6 +59,8 @@ def compare(
     course = _Course(subject, config, probe, made, sink or (lambda _: None), control)
     put_back = end = subject.beginning()
     ended = "failed"
+    gc.collect()
+    gc.freeze()  # what is there by now is not looked through again between the runs
     try:
         for trial in course.trials(put_back):
             ablations.last_ablation = made
@@ -69,6 +72,7 @@ def compare(
         raise
     finally:
         made.outcome = ended
+        gc.unfreeze()
         end()
         probe.release()
     return made
@@ -121,8 +125,14 @@ class _Course:
     def _warm(self, variant: Variant) -> None:
         """Take a few steps, so that kernels are chosen and loaded outside the clock."""
         self._sink(TrialStartRecord(None, self._total, variant.name, self._config.seeds[0]))
-        with contextlib.suppress(OutOfMemoryError):
+        try:
             self._train(variant, self._config.seeds[0], _Watch(self, variant, WARM_STEPS))
+        except OutOfMemoryError:
+            pass
+        except HybridMagicError:
+            raise
+        except Exception:  # noqa: BLE001 - it may come of stopping early; the run itself shows it
+            pass
 
     def _run(self, variant: Variant, seed: int, number: int) -> TrialRecord | None:
         """Return one run's record, None where it was stopped by hand."""

@@ -103,27 +103,28 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 
 def _optimizer(optimizer: torch.optim.Optimizer) -> PutBack:
-    groups = [
-        {name: value if name == "params" else copy.deepcopy(value) for name, value in group.items()}
-        for group in optimizer.param_groups
-    ]
+    groups = [(group, _copied(group)) for group in optimizer.param_groups]
     states = [
         (param, {name: _host_copy(value) for name, value in state.items()})
         for param, state in optimizer.state.items()
     ]
 
     def put_back() -> None:
-        for group, found in zip(optimizer.param_groups, groups, strict=True):
+        optimizer.param_groups[:] = [group for group, _ in groups]
+        for group, found in groups:
             group.clear()
-            group.update(
-                {name: value if name == "params" else copy.deepcopy(value)
-                 for name, value in found.items()}
-            )  # fmt: skip
+            group.update(_copied(found))
         optimizer.state.clear()
         for param, state in states:
             optimizer.state[param] = {name: _given(value) for name, value in state.items()}
 
     return put_back
+
+
+def _copied(group: dict[str, Any]) -> dict[str, Any]:
+    params = list(group["params"])
+    rest = {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
+    return {"params": params, **rest}
 
 
 def _host_copy(value: Any) -> Any:

@@ -45,6 +45,11 @@ class Loops:
         self.cell = CellRun(self._memories)
         return self.cell
 
+    def begin_afresh(self, open_view: Callable[..., Any]) -> CellRun:
+        """Begin a cell's run that knows nothing of earlier ones, shown in its own way."""
+        self.cell = CellRun(weakref.WeakKeyDictionary(), open_view)
+        return self.cell
+
     def end(self, error: BaseException | None = None) -> Run | None:
         """End the cell's run and return the newest Run, None where nothing was trained."""
         cell, self.cell = self.cell, None

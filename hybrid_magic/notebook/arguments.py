@@ -11,13 +11,48 @@ import difflib
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from ..config import TrainConfig, flag_of
+from ..config import AblateConfig, TrainConfig, flag_of
 from ..errors import ConfigError
 
 EXPLAIN = "--explain"
-OPTIONS = {flag_of(item): item for item in dataclasses.fields(TrainConfig)}
+
+
+@dataclass(frozen=True)
+class Magic:
+    """A magic that trains; its options are the fields of its config, by their spelling."""
+
+    name: str
+    config: type[TrainConfig]
+    what: tuple[str, ...]  # lines of its help
+
+    @cached_property
+    def options(self) -> dict[str, dataclasses.Field[Any]]:
+        return {flag_of(item): item for item in dataclasses.fields(self.config)}
+
+
+TRAIN = Magic(
+    "hybrid_train",
+    TrainConfig,
+    (
+        "Train the model that the notebook holds as a hybrid of mixed precision, gradient",
+        "accumulation and adaptive batch scaling.",
+    ),
+)
+ABLATE = Magic(
+    "hybrid_ablate",
+    AblateConfig,
+    (
+        "Train the same thing several ways, each from the model, optimizer and random state that",
+        "are there now, and compare time, memory and accuracy. The model ends as the last hybrid",
+        "run left it (--restore: as it was). Accuracy is what --val gives, or what a loop leaves",
+        "in `accuracy`, `acc` or a --log name. Variants: hybrid is everything; else words joined",
+        "by +: fp32 strict FP32, tf32 as PyTorch ships, mp mixed precision, ga accumulation,",
+        "abs adaptive batch.",
+    ),
+)
 
 
 @dataclass
@@ -29,7 +64,7 @@ class Line:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def read(line: str) -> Line:
+def read(line: str, magic: Magic = TRAIN) -> Line:
     """Return what `line` says: `[MODEL] [LOADER] [--option value] [--option=value] [--flag]`.
 
     Raises:
@@ -49,10 +84,10 @@ def read(line: str) -> Line:
             names.append(word)
             continue
         flag, equals, value = word.partition("=")
-        item = OPTIONS.get(flag)
+        item = magic.options.get(flag)
         if item is None:
-            near = difflib.get_close_matches(flag, OPTIONS, n=1)
-            do = f"did you mean {near[0]}?" if near else "see %%hybrid_train? for every option"
+            near = difflib.get_close_matches(flag, magic.options, n=1)
+            do = f"did you mean {near[0]}?" if near else f"see %%{magic.name}? for every option"
             raise ConfigError(f"there is no option {flag}; {do}")
         if item.name in found.options:
             raise ConfigError(f"{flag} is given twice; wanted it once; leave one out")
@@ -62,7 +97,7 @@ def read(line: str) -> Line:
             found.options[item.name] = True
         elif equals:
             found.options[item.name] = value
-        elif words and not words[0].startswith("--") and words[0] not in OPTIONS:
+        elif words and not words[0].startswith("--") and words[0] not in magic.options:
             found.options[item.name] = words.pop(0)
         else:
             raise ConfigError(f"{flag} has no value; wanted {flag} {item.metadata['metavar']}")
@@ -81,46 +116,44 @@ def without_explain(line: str) -> tuple[bool, str]:
     return EXPLAIN in words, " ".join(word for word in words if word != EXPLAIN)
 
 
-def check(line: Line) -> TrainConfig:
-    """Return the config of the line's options.
-
-    Raises:
-        ConfigError: a value that cannot be used.
-    """
-    return TrainConfig.from_options(line.options)
-
-
-def help_text(magic: str) -> str:
-    """Return the documentation of a training magic: usage, and a line an option."""
+def help_text(magic: Magic) -> str:
+    """Return the documentation of a training magic: usage, what it does, and a line an option."""
     lines = [
-        f"%%{magic} [MODEL] [LOADER] [options]",
+        f"%%{magic.name} [MODEL] [LOADER] [options]",
         "",
-        "Train the model that the notebook holds as a hybrid of mixed precision, gradient",
-        "accumulation and adaptive batch scaling. The cell is one of three:",
+        *magic.what,
+        "The cell is one of three:",
         "- the training loop that you have, with its loss.backward() and optimizer.step(), at top",
         "  level or in functions: it runs as written, its steps on the hybrid engine",
         "- the forward pass of one step: `batch` is what the loader yields, on the device; leave",
         "  the loss in `loss`",
-        f"- nothing (or the line magic %{magic}): the step is inferred",
+        f"- nothing (or the line magic %{magic.name}): the step is inferred",
         "MODEL and LOADER are names; left out, the one model and the one DataLoader of the",
         "notebook are taken (of several loaders, train*); a loop names its own.",
         f"{EXPLAIN} says what would be done with the cell, and runs nothing.",
         "",
         "Options:",
     ]
-    for flag, item in OPTIONS.items():
+    for flag, item in magic.options.items():
         head = f"  {flag} {item.metadata['metavar']}".rstrip()
-        default = "" if item.default in (None, False) else f" (default {item.default})"
+        default = _default(item.default)
         lines.append(f"{head:<38} {item.metadata['help']}{default}")
     return "\n".join(lines)
 
 
-def complete(text: str, namespace: Mapping[str, Any]) -> list[str]:
+def _default(value: Any) -> str:
+    if value in (None, False):
+        return ""
+    said = ",".join(map(str, value)) if isinstance(value, tuple) else value
+    return f" (default {said})"
+
+
+def complete(text: str, namespace: Mapping[str, Any], magic: Magic = TRAIN) -> list[str]:
     """Return completions of the last word of a magic's line: options, their choices, or names."""
     before, last = ["", *text.replace("=", " ").split(" ")][-2:]
     if last.startswith("-"):
-        return [flag for flag in (*OPTIONS, EXPLAIN) if flag.startswith(last)]
-    item = OPTIONS.get(before)
+        return [flag for flag in (*magic.options, EXPLAIN) if flag.startswith(last)]
+    item = magic.options.get(before)
     if item is not None and not isinstance(item.default, bool):
         choices = [choice for choice in item.metadata["metavar"].split("|") if choice.islower()]
         if choices:

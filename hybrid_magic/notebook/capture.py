@@ -20,6 +20,7 @@ from ..errors import HybridMagicError
 from .arguments import Line
 
 CRITERIA = ("criterion", "loss_fn", "loss_func", "loss_function")  # what people call their own
+LOG_OF_NOTHING = "--log is for a step that the cell writes, and this cell is empty; leave --log out"
 ROLES = ("val", "optimizer", "loss", "scheduler")  # options whose value is a name in the notebook
 
 

@@ -27,34 +27,32 @@ _INDENT = "    "
 
 @dataclass
 class Cell:
-    """A cell under the magic's `line`; `tree` has the lines of its `text`, the first of which is
-    the notebook's second."""
+    """A cell under the magic's line, `head`; `tree` has the lines of its `text`, the first of which
+    is the notebook's second."""
 
     raw: str
-    line: str
+    head: str
     text: str
     tree: ast.Module
 
     def named(self, shell: Any, shown: str) -> str:
         """Return the name under which tracebacks find `shown`, the text that they show."""
         number = len(shell.history_manager.input_hist_parsed) - 1  # of the cell that is running
-        return shell.compile.cache(
-            shown, number, raw_code=f"%%hybrid_train {self.line}\n{self.raw}"
-        )
+        return shell.compile.cache(shown, number, raw_code=f"{self.head}\n{self.raw}")
 
 
-def read_cell(shell: Any, cell: str, line: str) -> Cell:
-    """Return a cell, its `%` and `!` lines transformed.
+def read_cell(shell: Any, cell: str, head: str) -> Cell:
+    """Return the cell under the line `head`, its `%` and `!` lines transformed.
 
     Raises:
         SyntaxError: as the person's own cell would raise it.
     """
     text = transformed(shell.transform_cell, cell)
-    found = Cell(cell, line, text, ast.Module([], []))
+    found = Cell(cell, head, text, ast.Module([], []))
     with contextlib.suppress(SyntaxError):
         found.tree = ast.parse(text)
         return found
-    found.tree = _parse(text, found.named(shell, f"%%hybrid_train {line}\n{text}"))
+    found.tree = _parse(text, found.named(shell, f"{head}\n{text}"))
     return found
 
 
@@ -95,7 +93,7 @@ def make_step(shell: Any, cell: Cell, log: Sequence[str]) -> Compute | None:
                 "spelling"
             )
     rows = (_INDENT + row for row in cell.text.splitlines())
-    shown = "\n".join([_head(cell.line), *rows, ""])
+    shown = "\n".join([_head(cell.head), *rows, ""])
     return _compile(tree, log, cell.named(shell, shown), shell.user_ns)
 
 
@@ -131,8 +129,8 @@ def _line_of(node: ast.stmt | ast.expr) -> str:
     return f"line {node.lineno + _FIRST_LINE - 1}"
 
 
-def _head(line: str) -> str:
-    return f"def {_FUNCTION}({_MODEL}, batch):  # %%hybrid_train {line}".rstrip()
+def _head(magic: str) -> str:
+    return f"def {_FUNCTION}({_MODEL}, batch):  # {magic}".rstrip()
 
 
 def _parse(text: str, name: str) -> ast.Module:

@@ -5,6 +5,7 @@ Knows where in the person's text a step is, and nothing of how it was rewritten.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
@@ -43,6 +44,7 @@ class CellRun:
     """What one cell trains: a session and a view for every optimizer, one at a time."""
 
     memories: Any
+    open_view: Callable[..., Any] = live.open_view
     epochs: int | None = None
     stops: int = 0
     reading: dict[int, Session] = field(default_factory=dict)  # by the loader's id
@@ -80,7 +82,7 @@ class CellRun:
                 f"line {site.line}: {called} is a DistributedDataParallel; wanted the plain model; "
                 f"use {called}.module, and its parameters in the optimizer"
             )
-        view = live.open_view(plain=config.plain)
+        view = self.open_view(plain=config.plain)
         try:
             session = Session(
                 model,

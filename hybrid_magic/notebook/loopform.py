@@ -46,7 +46,7 @@ def form_of(shell: Any, cell: Cell, line: Line) -> Form | None:
 
 def explained(shell: Any, cell: Cell) -> Plan:
     """Return the plan of a cell, shown in its place."""
-    source = f"%%hybrid_train {cell.line}\n{cell.raw}"
+    source = f"{cell.head}\n{cell.raw}"
     return explain(source, shell.user_ns)
 
 
@@ -72,7 +72,7 @@ class Form:
         """Run the cell and return the value of its last expression."""
         __tracebackhide__ = True
         shell, cell = self._shell, self._cell
-        name = cell.named(shell, f"%%hybrid_train {cell.line}\n{cell.text}")
+        name = cell.named(shell, f"{cell.head}\n{cell.text}")
         tree = self._rewritten(self.plan, config, loops)
         if config.seed is not None:
             seed_everything(config.seed)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 
+from .. import ablation as ablations
 from .. import run as runs
 from ..errors import HybridMagicError
 from . import arguments, free
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from .adopted import Loops
     from .cell import Cell
 
-MAGICS = ("hybrid_train", "hybrid_free")
-_TRAINING = ("hybrid_train",)  # take a model, a loader and options
+MAGICS = ("hybrid_train", "hybrid_ablate", "hybrid_free")
+_KEPT = "the open run was undone; hm.last_ablation holds what was done"
 _ENDED = "the run ended at a whole step; hm.last_run holds it"
 _PACKAGE = os.path.join(pathlib.Path(__file__).parent.parent, "")
 
@@ -42,12 +43,8 @@ Interrupted.__name__ = Interrupted.__qualname__ = "KeyboardInterrupt"  # what fr
 def register(shell: Any) -> None:
     """Register the magics and their completions with an InteractiveShell."""
 
-    def hybrid_train(line: str, cell: str | None = None) -> Any:
-        __tracebackhide__ = True
-        return train(shell, line, cell)
-
-    hybrid_train.__doc__ = arguments.help_text("hybrid_train")
-    shell.register_magic_function(hybrid_train, "line_cell")
+    for magic, run in ((arguments.TRAIN, train), (arguments.ABLATE, ablate)):
+        _register_training(shell, magic, run)
 
     def hybrid_free(line: str) -> None:
         free.free(shell, line)
@@ -55,16 +52,23 @@ def register(shell: Any) -> None:
     hybrid_free.__doc__ = free.HELP
     shell.register_magic_function(hybrid_free, "line")
 
-    def complete(_: Any, event: Any) -> list[str]:
-        return arguments.complete(
-            event.text_until_cursor.split("hybrid_train", 1)[-1], shell.user_ns
-        )
-
-    for name in _TRAINING:
-        shell.set_hook("complete_command", complete, str_key="%" + name)
-        shell.set_hook("complete_command", complete, str_key="%%" + name)
     if _empty_cell_as_line not in shell.input_transformers_cleanup:
         shell.input_transformers_cleanup.append(_empty_cell_as_line)
+
+
+def _register_training(shell: Any, magic: arguments.Magic, run: Callable[..., Any]) -> None:
+    def train_or_ablate(line: str, cell: str | None = None) -> Any:
+        __tracebackhide__ = True
+        return run(shell, line, cell)
+
+    def complete(_: Any, event: Any) -> list[str]:
+        text = event.text_until_cursor.split(magic.name, 1)[-1]
+        return arguments.complete(text, shell.user_ns, magic)
+
+    train_or_ablate.__doc__ = arguments.help_text(magic)
+    shell.register_magic_function(train_or_ablate, "line_cell", magic.name)
+    for mark in ("%", "%%"):
+        shell.set_hook("complete_command", complete, str_key=mark + magic.name)
 
 
 def _empty_cell_as_line(lines: list[str]) -> list[str]:
@@ -79,16 +83,10 @@ def train(shell: Any, line: str, cell: str | None) -> Any:
     Returns the value of the cell's last expression, None where the cell is a step.
     """
     __tracebackhide__ = True  # IPython leaves such frames out of what it shows
-    from .cell import read_cell
-    from .loopform import form_of
+    from .loopform import explained, form_of
 
-    explain, line = arguments.without_explain(line)
-    read = _or_one_line(lambda: arguments.read(line))
-    config = _or_one_line(lambda: arguments.check(read))
-    text = _or_one_line(lambda: read_cell(shell, cell or "", line))
+    explain, read, config, text = _read(shell, arguments.TRAIN, line, cell)
     if explain:
-        from .loopform import explained
-
         return explained(shell, text)
     form = _or_one_line(lambda: form_of(shell, text, read))
     if form is not None:
@@ -96,6 +94,47 @@ def train(shell: Any, line: str, cell: str | None) -> Any:
         loops.begin()
         return _trained(shell, lambda: form.run(config, loops), loops.end, config.o)
     return _train_step(shell, read, config, text)
+
+
+def ablate(shell: Any, line: str, cell: str | None) -> Any:
+    """Run `%%hybrid_ablate`: read the line, train what the cell says several ways, and compare."""
+    __tracebackhide__ = True
+    from .ablating import ablation_of
+    from .ablation_view import open_view
+    from .loopform import explained
+
+    explain, read, config, text = _read(shell, arguments.ABLATE, line, cell)
+    if explain:
+        return explained(shell, text)
+    before = ablations.last_ablation
+    view = open_view(shell, plain=config.plain)
+
+    def newest() -> Any:
+        made = ablations.last_ablation
+        return made if made is not before else None
+
+    loops = _loops(shell)
+    _trained(
+        shell,
+        lambda: ablation_of(shell, read, config, text, loops, view),
+        lambda _: view.close(newest()),
+        config.o,
+        newest,
+    )
+    return None
+
+
+def _read(
+    shell: Any, magic: arguments.Magic, line: str, cell: str | None
+) -> tuple[bool, arguments.Line, Any, Cell]:
+    """Return whether only to explain, the line as read, its config, and the cell."""
+    from .cell import read_cell
+
+    explain, line = arguments.without_explain(line)
+    read = _or_one_line(lambda: arguments.read(line, magic))
+    config = _or_one_line(lambda: magic.config.from_options(read.options))
+    text = _or_one_line(lambda: read_cell(shell, cell or "", f"%%{magic.name} {line}"))
+    return explain, read, config, text
 
 
 def _train_step(shell: Any, read: arguments.Line, config: TrainConfig, cell: Cell) -> Any:
@@ -108,9 +147,7 @@ def _train_step(shell: Any, read: arguments.Line, config: TrainConfig, cell: Cel
     step = _or_one_line(lambda: make_step(shell, cell, config.log or ()))
     taken = _or_one_line(lambda: capture.capture(read, shell.user_ns, bare=step is None))
     if config.log and step is None:
-        raise UsageError(
-            "--log is for a step that the cell writes, and this cell is empty; leave --log out"
-        )
+        raise UsageError(capture.LOG_OF_NOTHING)
     before = runs.last_run
     view = live.open_view(plain=config.plain)
 
@@ -144,8 +181,10 @@ def _trained(
     work: Callable[[], Any],
     close: Callable[[BaseException | None], object],
     name: str | None,
+    newest: Callable[[], Any] | None = None,
 ) -> Any:
-    """Return what `work` returns; whatever ends it, `close` it and put the Run into `name`."""
+    """Return what `work` returns; whatever ends it, `close` it and put its result into `name`: what
+    `newest` returns, else the Run."""
     __tracebackhide__ = True
     before = runs.last_run
     ended: BaseException | None = None
@@ -162,15 +201,17 @@ def _trained(
         raise _theirs(error)  # noqa: B904
     finally:
         close(ended)
-        run = runs.last_run if runs.last_run is not before else None
-        if name is not None and run is not None:
-            shell.user_ns[name] = run
+        made = runs.last_run if runs.last_run is not before else None
+        made = made if newest is None else newest()
+        if name is not None and made is not None:
+            shell.user_ns[name] = made
         interrupted = isinstance(ended, KeyboardInterrupt) and not _is_stop(ended)
         ended = None  # it holds this frame
     if mistake is not None:
         raise UsageError(mistake)
     if interrupted:
-        raise Interrupted(_ENDED if run is not None else "nothing had been trained")
+        ended_at = _ENDED if newest is None else _KEPT
+        raise Interrupted(ended_at if made is not None else "nothing had been trained")
     return result
 
 

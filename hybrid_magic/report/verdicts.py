@@ -16,9 +16,9 @@ POINTS = 0.5  # percentage points of accuracy that the hybrid may differ by
 
 def sentences(ablation: Ablation) -> list[str]:
     """Return a sentence or two for each variant but the first, which it is compared with."""
-    first, *others = ablation.variants or [None]
-    if first is None:
+    if not ablation.names:
         return []
+    first, *others = ablation.variants
     scale = points_per_unit(ablation)
     said = [] if first.outcome == "finished" else [_unfinished(first)]
     for row in others:

@@ -1,6 +1,7 @@
 import pytest
 
 from hybrid_magic import ConfigError
+from hybrid_magic.config import TrainConfig
 from hybrid_magic.notebook import arguments
 from hybrid_magic.notebook.arguments import complete, read
 
@@ -9,7 +10,7 @@ NAMESPACE = {"net": 1, "train_loader": 2, "test_loader": 3, "_private": 4}
 
 def refused(line: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        arguments.check(read(line))
+        TrainConfig.from_options(read(line).options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -43,7 +44,8 @@ def test_a_line_is_read(line, model, loader, options):
 
 
 def test_a_line_becomes_a_checked_config():
-    config = arguments.check(read("--epochs 3 --batch=64 --memory '8 GiB' --log acc,ppl --plain"))
+    line = read("--epochs 3 --batch=64 --memory '8 GiB' --log acc,ppl --plain")
+    config = TrainConfig.from_options(line.options)
     assert (config.epochs, config.batch, config.memory) == (3, 64, 8 * 1024**3)
     assert (config.log, config.plain, config.precision) == (("acc", "ppl"), True, "auto")
 
@@ -92,16 +94,16 @@ def test_a_mistake_in_the_line_is_told_in_one_line(line, told):
 
 
 def test_every_option_that_takes_a_value_says_what_when_it_is_missing():
-    for flag, item in arguments.OPTIONS.items():
+    for flag, item in arguments.TRAIN.options.items():
         if not isinstance(item.default, bool):
             assert refused(flag) == f"{flag} has no value; wanted {flag} {item.metadata['metavar']}"
 
 
 def test_the_help_names_every_option_with_its_values_and_default():
-    text = arguments.help_text("hybrid_train")
+    text = arguments.help_text(arguments.TRAIN)
     lines = text.splitlines()
     assert lines[0] == "%%hybrid_train [MODEL] [LOADER] [options]"
-    for flag, item in arguments.OPTIONS.items():
+    for flag, item in arguments.TRAIN.options.items():
         start = f"  {flag} {item.metadata['metavar']}".rstrip() + " "
         (line,) = [line for line in lines if line.startswith(start)]
         assert line.endswith(f" (default {item.default})") == (item.default not in (None, False))
@@ -112,7 +114,7 @@ def test_the_help_names_every_option_with_its_values_and_default():
     [
         (" --ep", ["--epochs"]),
         (" net --m", ["--minutes", "--max-batch", "--micro", "--memory"]),
-        (" -", [*arguments.OPTIONS, arguments.EXPLAIN]),
+        (" -", [*arguments.TRAIN.options, arguments.EXPLAIN]),
         (" --precision ", ["auto", "fp32", "bf16", "fp16"]),
         (" --precision f", ["fp32", "fp16"]),
         (" --precision=f", ["fp32", "fp16"]),
