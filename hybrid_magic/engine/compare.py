@@ -56,6 +56,11 @@ def compare(
 ) -> Ablation:
     """Return the Ablation of a subject: each variant warmed up, then run with every seed."""
     made = Ablation(config=config.as_json(), environment=environment(probe), names=config.variants)
+    if probe.device.type == "cpu":
+        made.notes.append(
+            "memory is the whole process's, Python and its libraries included: on a CPU nothing "
+            "tells what the training alone takes"
+        )
     course = _Course(subject, config, probe, made, sink or (lambda _: None), control)
     put_back = end = subject.beginning()
     ended = "failed"

@@ -43,7 +43,7 @@ def ablation_of(
         subject = _Cell(shell, cell, line, loops, config.log or ())
         made = compare(subject, config, probe_for(_device()), view, view.control)
         if subject.kept is not None and not config.restore:
-            subject.kept.show()
+            view.after = subject.kept.show
         return made
     step = make_step(shell, cell, config.log or ())
     taken = capture.capture(read, shell.user_ns, bare=step is None)
@@ -74,7 +74,8 @@ class _Cell:
         self._shell, self._cell, self._line, self._loops = shell, cell, line, loops
         names = dict.fromkeys(("accuracy", "acc", *log))
         self._judged = [name for name in names if name in bound(cell.tree)]
-        self.kept: CapturedIO | None = None
+        self._printed: CapturedIO | None = None
+        self.kept: CapturedIO | None = None  # what the run printed whose end is kept
 
     def train(
         self, options: dict[str, Any], sink: Sink, control: RunControl
@@ -102,7 +103,7 @@ class _Cell:
                 "the cell ended without a training step; wanted one that trains; call the function "
                 "that it defines in it"
             )
-        self.kept = printed
+        self._printed = printed
         return run, run.seconds, self._found()
 
     def _found(self) -> dict[str, float]:
@@ -117,6 +118,7 @@ class _Cell:
     def beginning(self) -> PutBack:
         """Return what puts back the notebook's names, what the lists and dicts in them hold, and
         what its models, optimizers, schedulers and objects are."""
+        self.kept = self._printed
         namespace = self._shell.user_ns
         names = {name: value for name, value in namespace.items() if not name.startswith("_")}
         held = [(value, value.copy()) for value in _containers(names.values())]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -31,7 +32,9 @@ def open_view(shell: Any, *, plain: bool) -> AblationView:
 
 
 class AblationView:
-    """Called with each Record; `control` is for the engine."""
+    """Called with each Record; `control` is for the engine, `after` shows what comes below."""
+
+    after: Callable[[], object] = staticmethod(lambda: None)
 
     def __init__(self, shell: Any, kernel: Any | None) -> None:
         self.control = RunControl(poll=self._poll)
@@ -73,7 +76,7 @@ class AblationView:
             self._guarded(self._write)
             return
         so_far = Ablation(trials=list(self._trials), names=tuple(self._names))
-        self._table = comparisons.html(so_far)
+        self._table = comparisons.table_html(so_far)
 
     def _share_done(self, record: StepRecord) -> float:
         start = self._run
@@ -98,7 +101,7 @@ class AblationView:
         now = self._now
         assert now is not None
         left = self._remaining_s()
-        to_go = f", about {q.duration(max(1.0, left))} to go" if left is not None else ""
+        to_go = f", about {q.calm(max(1.0, left))} to go" if left is not None else ""
         if now.number is None:
             return f"Warming up {now.variant}: a few steps outside the clock"
         return f"Run {now.number} of {now.total}: {now.variant}, seed {now.seed}{to_go}"
@@ -165,7 +168,7 @@ class AblationView:
                 parts.append(f"accuracy {q.value(trial.accuracy)}")
             said = ", ".join(parts)
         left = self._remaining_s() if len(self._trials) < now.total else None
-        to_go = f"; about {q.duration(max(1.0, left))} to go" if left is not None else ""
+        to_go = f"; about {q.calm(max(1.0, left))} to go" if left is not None else ""
         self._out.write(
             f"{now.number} of {now.total}  {trial.variant}, seed {trial.seed}: {said}{to_go}\n"
         )
@@ -204,3 +207,4 @@ class AblationView:
             self._publish(table, transient={"display_id": self._id}, update=shown)
             data, metadata = comparisons.figure_bundle(made)
             self._publish(data, metadata)
+        self.after()

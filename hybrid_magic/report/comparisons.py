@@ -37,7 +37,7 @@ def cells(ablation: Ablation) -> list[list[str]]:
 
 def _cells(row: Row, scale: float, *, first: bool) -> list[str]:
     if row.outcome != "finished":
-        said = "out of memory" if row.outcome == "oom" else "not run"
+        said = {"oom": "out of memory", "none": "not run"}.get(row.outcome, row.outcome)
         return [row.name, row.precision or "", said, *[""] * 6]
     known = [
         row.name,
@@ -123,7 +123,16 @@ def text(ablation: Ablation) -> str:
 
 
 def html(ablation: Ablation) -> str:
-    """Return the table as HTML, readable where styles are stripped."""
+    """Return the table as HTML, readable where styles are stripped, with what may be said below."""
+    said = "".join(
+        f"<li>{escape(q.unbroken(sentence))}</li>"
+        for sentence in (*verdicts.sentences(ablation), *ablation.notes)
+    )
+    return table_html(ablation) + (f"<ul>{said}</ul>" if said else "")
+
+
+def table_html(ablation: Ablation) -> str:
+    """Return the table alone, as HTML."""
     left = 'style="text-align: left; color: inherit"'
     right = 'style="text-align: right; color: inherit; white-space: nowrap"'
     top = "".join(
@@ -137,15 +146,11 @@ def html(ablation: Ablation) -> str:
             for at, cell in enumerate(rest)
         )
         rows.append(f'<tr><th scope="row" {left}>{escape(name)}</th>{body}</tr>')
-    said = "".join(
-        f"<li>{escape(q.unbroken(sentence))}</li>"
-        for sentence in (*verdicts.sentences(ablation), *ablation.notes)
-    )
     return (
         '<div style="overflow-x: auto"><table style="color: inherit; margin: 0 0 0.8em 0">'
         '<caption style="text-align: left; white-space: nowrap; color: inherit">'
         f"<b>Ablation</b>: {escape(caption(ablation))}</caption>"
-        f"<tr>{top}</tr>{''.join(rows)}</table></div>" + (f"<ul>{said}</ul>" if said else "")
+        f"<tr>{top}</tr>{''.join(rows)}</table></div>"
     )
 
 

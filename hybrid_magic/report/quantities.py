@@ -71,6 +71,11 @@ def seconds(number: float) -> str:
     return duration(number) if number >= 59.95 else f"{value(number)} s"
 
 
+def calm(number: float) -> str:
+    """Return a time that passes in whole seconds, so that it does not flicker."""
+    return f"{number:.0f} s" if number < 59.5 else duration(number)
+
+
 def rate(samples_per_second: float | None) -> str:
     """Return a speed: 12,300 samples/s."""
     if samples_per_second is None:

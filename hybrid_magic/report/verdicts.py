@@ -54,8 +54,10 @@ def _costs(row: Row, base: str) -> list[str]:
 def _less(ratio: Estimate, what: str, than: str) -> str:
     """Return how much less of something a variant took, or that this cannot be told."""
     than = f" {than}" if than else ""
-    if comparison.within(ratio, SAME):
-        return f"the same {what}{than.replace('than', 'as')} within {q.share(SAME)}"
+    near = comparison.within(ratio, SAME)
+    if near or (ratio.low is None and abs(ratio) < SAME):
+        sure = f"within {q.share(SAME)}" if near else f"({_interval(ratio, 1.0, '%')})"
+        return f"the same {what}{than.replace('than', 'as')} {sure}"
     if comparison.differs(ratio) is False:
         return f"no difference in {what} can be shown ({_interval(ratio, -100.0, '%')})"
     word, sign = ("less", 100.0) if ratio >= 0 else ("more", -100.0)
@@ -77,6 +79,8 @@ def _accuracy(delta: Estimate, scale: float, base: str) -> str:
         wanted = comparison.seeds_wanted(delta, margin)
         more = f"about {wanted} seeds would tell" if wanted else "no number of seeds in reach tells"
         return f"{question}: undecided, {found}; {more}"
+    if delta.low == delta.high == 0:
+        return f"{question}: yes, the same with every one of {_seeds(delta.n)}"
     if not near and delta > 0:
         return f"{question}: better, {found}{few}"
     return f"{question}: {'yes' if near else 'no'}, {found}{few}"
