@@ -90,7 +90,7 @@ class AdoptedRun:
         self.uncut, self.over = self._memory.uncut, False
         self._error: BaseException | None = None
         self._closed = False
-        self._pass, self._since = -1, 0.0
+        self._pass, self._since, self._between = -1, 0.0, False
         self.retries, self.waited = 0, 0.0  # since the last step
         if passes is not None:
             self._settle()
@@ -238,6 +238,7 @@ class AdoptedRun:
     def begin_pass(self) -> None:
         """Begin a loop over batches; between two of them no training time passes."""
         self._pass += 1
+        self._between = False
         now, self.waited = time.perf_counter(), 0.0
         if self.step is not None and self.state is not None:
             self.state.paused(now - self._since)
@@ -250,7 +251,7 @@ class AdoptedRun:
         if self.step is not None and self.state is not None:
             self.state.catch_up()
             self.free()
-        self._since = time.perf_counter()
+        self._since, self._between = time.perf_counter(), True
 
     def memory(self) -> Memory:
         """Return what was learned."""
@@ -269,6 +270,8 @@ class AdoptedRun:
         self._closed, self._error, run = True, error, self.run
         self.interrupts.ending = True
         step, self.gathered, self.over = self.step, None, True
+        if self._between and self.state is not None:  # what came after the last pass
+            self.state.paused(time.perf_counter() - self._since)
         if error is None and run.outcome != "stopped":
             run.outcome = "finished"
         elif error is not None and step is None:

@@ -104,6 +104,7 @@ class _Course:
         }
         for variant in self._variants:  # a contradiction is told before anything is run
             TrainConfig.from_options(self._options | variant.options)
+        self._precision: str | None = None  # what auto was found to be, once for all runs
         self.stopped = False
 
     def trials(self, put_back: PutBack) -> Iterator[Variant]:
@@ -130,8 +131,11 @@ class _Course:
     def _warm(self, variant: Variant) -> None:
         """Take a few steps, so that kernels are chosen and loaded outside the clock."""
         self._sink(TrialStartRecord(None, self._total, variant.name, self._config.seeds[0]))
+        watch = _Watch(self, variant, WARM_STEPS)
         try:
-            self._train(variant, self._config.seeds[0], _Watch(self, variant, WARM_STEPS))
+            self._train(variant, self._config.seeds[0], watch)
+            if variant.tf32 is None and watch.precision in ("fp32", "bf16"):
+                self._precision = self._precision or watch.precision  # fp16 may have to be left
         except OutOfMemoryError:
             pass
         except HybridMagicError:
@@ -175,6 +179,8 @@ class _Course:
         self._probe.release()
         self._probe.reset_peak()
         options = self._options | variant.options | {"seed": seed}
+        if options["precision"] == "auto" and self._precision is not None:
+            options["precision"] = self._precision
         with _arithmetic(variant.tf32):
             return self._subject.train(options, watch, watch.control)
 

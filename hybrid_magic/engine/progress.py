@@ -27,6 +27,7 @@ from .schedule import ScheduleClock
 from .sizing import Sizing
 from .step_state import StepResult, StepState
 
+_Memory = tuple[int | None, int | None, bool]  # peaks, allocated and reserved; was it pressed
 LATE_STEPS = 8  # how far reading may lag behind a device that decides for itself whether to skip
 
 
@@ -58,7 +59,7 @@ class TrainState:
         self._epochs = config.passes
         self._steps = config.steps
         self._seconds = None if config.minutes is None else 60 * config.minutes
-        self._pending: deque[tuple[int, int, StepResult, int, float, float]] = deque()
+        self._pending: deque[Any] = deque()  # what `_finish` takes
         self._begun = 0.0
         self._not_training = 0.0  # seconds of validation and of pauses
         self._noise_scale: float | None = None
@@ -77,10 +78,12 @@ class TrainState:
         """Take in one step, which started over `retries` times and took `seconds`, of which it
         `waited` for data."""
         self._count(result.sizes, result.lr_factor)
+        memory = self._memory(result)  # now: the allocator's account is the host's, and never late
+        taken = (self.step, self.samples, result, memory, retries, waited, seconds)
         if not self.probe.late:
-            self._finish(self.step, self.samples, result, retries, waited, seconds)
+            self._finish(*taken)
             return
-        self._pending.append((self.step, self.samples, result, retries, waited, seconds))
+        self._pending.append(taken)
         self.catch_up(LATE_STEPS if self.step_state.skip_on_device else 1)
 
     def _count(self, sizes: list[int], lr_factor: float) -> None:
@@ -103,19 +106,18 @@ class TrainState:
         step: int,
         samples: int,
         result: StepResult,
+        memory: _Memory,
         retries: int,
         waited: float,
         seconds: float,
     ) -> None:
         """Read a step's values, record it, and let the policy answer."""
-        seen = read(result, self.probe)
-        allocated, reserved = self._peaks(result)
+        seen, size = read(result, self.probe), sum(result.sizes)
         if self._sums is None:
             self._learn_reduction()
-        size = sum(result.sizes)
         loss = seen.loss / size if self._sums else seen.loss
         if not self.sizing.pinned:
-            self._steer(step, result, seen, loss, allocated)
+            self._steer(step, result, seen, loss, memory)
         self.run.retries += retries
         if seen.skipped:
             self.run.skipped_steps += 1
@@ -128,7 +130,7 @@ class TrainState:
             StepRecord(
                 step, samples, loss, seen.norm, result.lr, size, max(result.sizes),
                 len(result.sizes), seen.skipped, retries, waited, seen.forward_s, seen.backward_s,
-                seen.optimizer_s, seconds, allocated, reserved, self._noise_scale, seen.logged,
+                seen.optimizer_s, seconds, *memory[:2], self._noise_scale, seen.logged,
             )
         )  # fmt: skip
 
@@ -143,7 +145,7 @@ class TrainState:
             self.emit(NoteRecord(reduction.note))
 
     def _steer(
-        self, step: int, result: StepResult, seen: Reading, loss: float, allocated: int | None
+        self, step: int, result: StepResult, seen: Reading, loss: float, memory: _Memory
     ) -> None:
         """Tell the policy of a step and record what it changes."""
         self.sizing.observe(
@@ -156,8 +158,8 @@ class TrainState:
                 micro_seconds=seen.micro_s,
                 optimizer_seconds=seen.optimizer_s,
                 peaks=None if result.peaks is None else tuple(result.peaks),
-                peak_bytes=allocated,
-                pressure=allocated is not None and self.probe.pressure(),
+                peak_bytes=memory[0],
+                pressure=memory[2],
                 noise=seen.noise,
             ),
         )
@@ -181,14 +183,15 @@ class TrainState:
             advice = "stop, and use --precision bf16 or fp32 (and look for NaN in the data)"
             self.emit(NoteRecord(f"this model does not train in fp16: {why}; {advice}"))
 
-    def _peaks(self, result: StepResult) -> tuple[int | None, int | None]:
+    def _memory(self, result: StepResult) -> _Memory:
         allocated, reserved = self.probe.peak_if_due()
-        if allocated is not None:
+        if pressed := allocated is not None:
+            pressed = self.probe.pressure()
             self.probe.reset_peak()
         if result.peaks:
             allocated = max([allocated or 0, *(peak or 0 for peak in result.peaks)]) or None
         self._note_peak(allocated, reserved)
-        return allocated, reserved
+        return allocated, reserved, pressed
 
     def _note_peak(self, allocated: int | None, reserved: int | None) -> None:
         run = self.run

@@ -120,7 +120,8 @@ def choose(state: MicroState, limit: int) -> tuple[int, str]:
         if wanted > current:
             return wanted, "batch statistics want the largest that fits"
         return wanted, _memory_clause(state)
-    if wanted > current and current not in speed.sure and wanted not in state.left:
+    unsure = current not in speed.sure or len(state.timings) < 2  # one size tells of no other
+    if wanted > current and unsure and wanted not in state.left:
         return wanted, f"to measure it{peak_clause(state, wanted)}"
     measured = [size for size in sizes if size < current and _measured(speed, limit, size)]
     fastest = min(measured, key=lambda size: seconds[size], default=current)

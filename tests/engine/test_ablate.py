@@ -13,6 +13,7 @@ from plain import by_hand, cnn, differences, images, mlp, vectors
 from torch.utils.data import DataLoader, TensorDataset
 
 import hybrid_magic as hm
+from hybrid_magic.engine import rehearse
 from hybrid_magic.engine.control import RunControl
 from hybrid_magic.records import Record, StepRecord, TrialRecord, TrialStartRecord
 
@@ -173,6 +174,23 @@ def test_a_variant_that_runs_out_of_memory_is_a_row_and_the_others_go_on() -> No
 def test_a_loader_batch_that_cannot_be_cut_any_smaller_is_out_of_memory_too() -> None:
     found = hm.ablate(Limited(0), loader(), variants=["fp32", "hybrid"])
     assert [row.outcome for row in found.variants] == ["oom", "oom"]
+
+
+def test_what_auto_precision_comes_to_is_measured_once_for_all_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = iter(["bf16", "fp32", "bf16", "fp32"])
+    real = rehearse.choose_precision
+    asked: list[str] = []
+
+    def choose(ready: Any, precision: str, first: Any, **options: Any) -> Any:
+        asked.append(precision)
+        return real(ready, next(chosen) if precision == "auto" else precision, first, **options)
+
+    monkeypatch.setattr(rehearse, "choose_precision", choose)
+    found = hm.ablate(mlp(), loader(), variants=["fp32", "mp", "hybrid"], seeds=2)
+    assert asked.count("auto") == 1
+    assert {t.precision for t in found.trials if t.variant != "fp32"} == {"bf16"}
 
 
 def test_a_stop_keeps_what_is_done_and_undoes_the_open_run() -> None:

@@ -544,7 +544,7 @@ def test_no_training_time_passes_between_passes(monkeypatch: pytest.MonkeyPatch)
         while sessions.time.perf_counter() - began < 0.2:
             pass
     run = session.close()
-    assert run.seconds < 0.4
+    assert run.seconds < 0.2  # not even the one after the last
 
 
 # -- what can and cannot be cut --

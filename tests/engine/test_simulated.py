@@ -111,3 +111,15 @@ def test_nothing_is_drawn_ahead_of_a_loader_that_shares_the_models_random_number
     rows = list(zip(*vectors(24), strict=True))
     hm.train(model, DataLoader(rows, batch_size=8), precision="fp32", batch="fixed", micro=8)
     assert [entry[:4] for entry in mover.log] == ["send", "use "] * 3
+
+
+def test_a_steps_peak_is_its_own_however_late_it_is_read(on: Any) -> None:
+    # Read after the next step was begun, a growing micro-batch would lend its peak to the last one.
+    model = mlp()
+    on(SimulatedProbe(model, fixed=10 * MB, per_sample=MB, total=10_000 * MB))
+    data = DataLoader(TensorDataset(*vectors(32 * 60)), batch_size=32)
+    run = hm.train(model, data, precision="fp32", batch=256, lr_scale="none", max_batch=256)
+    sizes = {record.microbatch_size for record in run.history}
+    assert len(sizes) > 1
+    for record in run.history:
+        assert record.allocated_peak_bytes == (10 + record.microbatch_size) * MB
