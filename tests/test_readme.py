@@ -91,9 +91,9 @@ def test_files_and_pictures_that_it_names_are_there():
 def test_options_that_it_names_exist():
     import dataclasses
 
-    from hybrid_magic.config import TrainConfig, flag_of
+    from hybrid_magic.config import AblateConfig, flag_of
 
-    known = {flag_of(item) for item in dataclasses.fields(TrainConfig)}
+    known = {flag_of(item) for item in dataclasses.fields(AblateConfig)}
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README))
     assert named - known == {"--no-deps", "--explain"}  # pip's, and the magic's own
 

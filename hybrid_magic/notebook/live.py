@@ -19,7 +19,7 @@ from .pump import Pump, interrupts_held
 from .scene import Scene
 from .textline import TextLine
 
-DRAW_SHARE = 0.004  # of the run; with opening, pump and messages it stays under a hundredth
+DRAW_SHARE = 0.0025  # of the run; the kernel's threads take a third as much to send what is drawn
 SOONEST_S, LATEST_S = 0.25, 5.0  # between two redraws; one slow redraw must not freeze the view
 ANSWER_WITHIN_S = 2.0  # a front end that shows the panel says so; else text is written
 SILENT = (
@@ -31,7 +31,7 @@ _MOST_PENDING = 4096  # steps kept for the next redraw
 
 def open_view(*, plain: bool) -> View:
     """Return the view of a run that is about to start; `plain` asks for text only."""
-    return View(kernel=_kernel(), plain=plain)
+    return View(kernel=running_kernel(), plain=plain)
 
 
 class View:
@@ -221,7 +221,7 @@ class View:
             display(data, metadata=metadata, raw=True)
 
 
-def _kernel() -> Any | None:
+def running_kernel() -> Any | None:
     """Return the kernel that this code runs in, None in a terminal or a plain Python."""
     if "IPython" not in sys.modules:
         return None

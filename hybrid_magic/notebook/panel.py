@@ -30,14 +30,18 @@ class Panel:
 
     def __init__(self, control: RunControl, scene: Scene, why_deaf: str | None) -> None:
         self._control, self._scene = control, scene
-        self._live, self._why = W.HTML(), W.HTML()
+        self._live = W.HTML()
+        words = {"layout": self._live.layout, "style": self._live.style}  # shared: see _setting
+        self._why, self._said = W.HTML(**words), W.HTML(**words)
+        self._looks: dict[bool, dict[str, Any]] = {}
         self._settings = self._make_settings()
         self._pause, self._actions = self._make_actions()
-        self._said = W.HTML()
         if why_deaf is not None:
             self.deafen(why_deaf)
         wrap = W.Layout(flex_flow="row wrap", grid_gap="0 20px", margin="8px 0 4px 0")
-        pairs = [W.HBox(self._actions[:2]), W.HBox(self._actions[2:])]
+        pairs = [
+            W.HBox(two, layout=self._live.layout) for two in (self._actions[:2], self._actions[2:])
+        ]
         grid = W.Layout(
             grid_template_columns="repeat(auto-fit, minmax(300px, 1fr))",
             grid_gap="0 24px",
@@ -108,8 +112,11 @@ class Panel:
             scene.stopping = True
             control.ask("stop")
 
+        looks: dict[str, Any] = {"layout": {"width": "118px"}}
+
         def button(name: str, icon: str, tip: str, act: Callable[[Any], None]) -> W.Button:
-            made = W.Button(description=name, icon=icon, tooltip=tip, layout={"width": "118px"})
+            made = W.Button(description=name, icon=icon, tooltip=tip, **looks)
+            looks.update(layout=made.layout, style=made.style)
             made.on_click(act)
             return made
 
@@ -192,8 +199,11 @@ class Panel:
         def changed(change: dict[str, Any]) -> None:
             self._control.set(name, change["new"] or None)
 
-        looks = {"style": {"description_width": "104px"}, "layout": {"width": "auto"}}
+        own = {"style": {"description_width": "104px"}, "layout": {"width": "auto"}}
+        looks = self._looks.get(kind is W.Dropdown, own)
         widget = kind(description=label, **looks, **{_TOOLTIP: tip}, **traits)
+        # Shared by its kind: a look is a widget too, which is opened and closed with a message.
+        self._looks[kind is W.Dropdown] = {"style": widget.style, "layout": widget.layout}
         widget.observe(changed, "value")
         return widget
 

@@ -121,10 +121,10 @@ class Scene:
         speed = self.samples_per_second()
         if speed is not None:
             parts.append(q.rate(speed))
-        parts.append(f"{_calm(self.elapsed_s(now))} so far")
+        parts.append(f"{q.calm(self.elapsed_s(now))} so far")
         left = None if self.paused else self.remaining_s()
         if left is not None:
-            parts.append(f"about {_calm(max(1.0, left))} to go")
+            parts.append(f"about {q.calm(max(1.0, left))} to go")
         return parts
 
     def why(self) -> str | None:
@@ -133,8 +133,3 @@ class Scene:
             return None
         made = self.changes[-1]
         return f"step {q.count(made.step)}: {made.reason}"
-
-
-def _calm(seconds: float) -> str:
-    """Return a duration in whole seconds, so that it does not flicker."""
-    return f"{seconds:.0f} s" if seconds < 59.5 else q.duration(seconds)

@@ -45,18 +45,24 @@ def cards(trace: Trace, start: StartRecord, changes: Iterable[BatchChangeRecord]
     )
 
 
+class _Across(dict[float, str]):
+    """Where a step stands, as text; looked up, as all curves have the same few steps."""
+
+    def __init__(self, first: int, scale: float) -> None:
+        super().__init__()
+        self._first, self._scale = first, scale
+
+    def __missing__(self, step: float) -> str:
+        self[step] = found = f"{min(WIDTH, (step - self._first) * self._scale):.0f}"
+        return found
+
+
 class _Frame:
     """The drawing's coordinates: steps to the right, a value upwards from `low` to `high`."""
 
     def __init__(self, first: int, last: int) -> None:
-        self._first, self._scale = first, WIDTH / max(1, last - first)
-        self._known: dict[float, str] = {}  # all curves have the same few steps
-
-    def x(self, step: float) -> str:
-        known = self._known.get(step)
-        if known is None:
-            known = self._known[step] = f"{min(WIDTH, (step - self._first) * self._scale):.0f}"
-        return known
+        self._scale = WIDTH / max(1, last - first)
+        self.x = _Across(first, self._scale)
 
     def line(self, points: Curve, low: float, high: float, colour: str, extra: str = "") -> str:
         """Return a polyline; a single point becomes a short dash that can be seen."""
@@ -69,17 +75,18 @@ class _Frame:
             else [*points, (points[0][0] + WIDTH / self._scale, points[0][1])]
         )
         at = self.x
-        path = " ".join([f"{at(x)},{HEIGHT - 2 - (y - low) * scale:.1f}" for x, y in ends])
+        path = " ".join([f"{at[x]},{HEIGHT - 2 - (y - low) * scale:.1f}" for x, y in ends])
         return (
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8" '
             f'vector-effect="non-scaling-stroke" {extra}/>'
         )
 
-    def area(self, ceiling: Curve, high: float, colour: str) -> str:
+    def area(self, steps: Sequence[int], heights: Sequence[float], high: float, colour: str) -> str:
         """Return what lies under a curve, down to nothing."""
         at, scale = self.x, (HEIGHT - 2) / (high or 1.0)
-        points = " ".join([f"{at(x)},{HEIGHT - y * scale:.0f}" for x, y in ceiling])
-        ends = f"{at(ceiling[-1][0])},{HEIGHT:.0f} {at(ceiling[0][0])},{HEIGHT:.0f}"
+        places = zip(steps, heights, strict=True)
+        points = " ".join([f"{at[x]},{HEIGHT - y * scale:.0f}" for x, y in places])
+        ends = f"{at[steps[-1]]},{HEIGHT:.0f} {at[steps[0]]},{HEIGHT:.0f}"
         return f'<polygon points="{points} {ends}" fill="{colour}"/>'
 
 
@@ -123,30 +130,35 @@ def _loss_card(frame: _Frame, buckets: Sequence[Bucket]) -> str:
 
 
 def _memory_card(frame: _Frame, buckets: Sequence[Bucket], start: StartRecord) -> str:
-    allocated = [
-        (b.step, float(b.allocated_bytes)) for b in buckets if b.allocated_bytes is not None
-    ]
-    reserved = [(b.step, float(b.reserved_bytes)) for b in buckets if b.reserved_bytes is not None]
+    allocated = _level([(b.step, b.allocated_bytes) for b in buckets], buckets[-1].step)
+    reserved = _level([(b.step, b.reserved_bytes) for b in buckets], buckets[-1].step)
     if not allocated and not reserved:
         return _card("Memory", "no reading", "", ())
-    now, last = (allocated or reserved)[-1][1], buckets[-1].step
-    for readings in filter(None, (allocated, reserved)):
-        readings.append((last, readings[-1][1]))  # read now and then, and drawn to the edge
     budget = start.memory_budget_bytes
     high = max(y for _, y in allocated + reserved) * 1.1
-    drawing = frame.line(reserved, 0, high, ORANGE) if reserved else ""
-    drawing += frame.line(allocated, 0, high, BLUE)
     key = [(BLUE, "allocated")] * bool(allocated) + [(ORANGE, "reserved")] * bool(reserved)
+    limit = ""
     if budget is not None and budget <= 3 * high:
         high = max(high, 1.05 * budget)
         level = [(buckets[0].step, float(budget)), (buckets[-1].step, float(budget))]
-        drawing = (
-            frame.line(reserved, 0, high, ORANGE)
-            + frame.line(allocated, 0, high, BLUE)
-            + frame.line(level, 0, high, VERMILLION, 'stroke-dasharray="4 3"')
-        )
+        limit = frame.line(level, 0, high, VERMILLION, 'stroke-dasharray="4 3"')
         key.append((VERMILLION, "budget"))
-    return _card("Memory", q.size(now), drawing, key, f" of {q.size(budget)}" if budget else "")
+    drawing = frame.line(reserved, 0, high, ORANGE) + frame.line(allocated, 0, high, BLUE) + limit
+    now = q.size((allocated or reserved)[-1][1])
+    return _card("Memory", now, drawing, key, f" of {q.size(budget)}" if budget else "")
+
+
+def _level(readings: Iterable[tuple[int, int | None]], last: int) -> list[tuple[float, float]]:
+    """Return the corners of what stays level for long; read now and then, it is drawn to `last`."""
+    corners: list[tuple[float, float]] = []
+    for step, reading in readings:
+        if reading is None:
+            continue
+        if len(corners) > 1 and corners[-1][1] == corners[-2][1] == reading:
+            corners[-1] = (step, reading)
+        else:
+            corners.append((step, reading))
+    return [*corners, (last, corners[-1][1])] if corners else corners
 
 
 def _batch_card(
@@ -161,7 +173,7 @@ def _batch_card(
     marks, marked = [], set()
     for made in changes:
         if made.step >= buckets[0].step:
-            x = frame.x(made.step)
+            x = frame.x[made.step]
             colour = {"micro": ORANGE, "control": PURPLE}.get(made.what, GREEN)
             marked.add(colour)
             marks.append(
@@ -196,16 +208,16 @@ def _time_card(frame: _Frame, buckets: Sequence[Bucket]) -> str:
         return _card("Time per step", "no reading", "", ())
     totals = [bucket.step_sum_s / bucket.timed for bucket in timed]
     high = 1.1 * sorted(totals)[int(0.97 * (len(totals) - 1))]
-    floor = [(bucket.step, 0.0) for bucket in timed]
+    steps = [bucket.step for bucket in timed]
+    floor = [0.0] * len(timed)
     drawing, key = "", []
     for at, (name, colour) in enumerate(zip((*STAGES, "other"), STAGE_COLOURS, strict=True)):
         if at < len(STAGES):
-            spent = [bucket.stage_sums_s[at] / bucket.timed for bucket in timed]
-            ceiling = [(x, y + more) for (x, y), more in zip(floor, spent, strict=True)]
+            ceiling = [y + b.stage_sums_s[at] / b.timed for y, b in zip(floor, timed, strict=True)]
         else:
-            ceiling = [(x, max(y, total)) for (x, y), total in zip(floor, totals, strict=True)]
+            ceiling = list(map(max, floor, totals))
         if ceiling != floor:
-            drawing = frame.area(ceiling, high, colour) + drawing  # each before what hides it
+            drawing = frame.area(steps, ceiling, high, colour) + drawing  # before what hides it
             key.append((colour, name))
         floor = ceiling
     return _card("Time per step", q.duration(totals[-1]), drawing, key)

@@ -1,13 +1,11 @@
 """The four plots of a run: loss, memory, batch sizes with their decisions, time per step by stage.
 
-One Figure on an Agg canvas; pyplot and its global state are never touched, matplotlib is imported
-when a figure is asked for. Colours are Okabe and Ito's, told apart by colour-blind eyes too; the
-ground is white, so that it reads in light and dark pages.
+Colours are Okabe and Ito's, told apart by colour-blind eyes too; the ground is white, so that it
+reads in light and dark pages. matplotlib is imported when a figure is asked for.
 """
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..records import BatchChangeRecord
 from ..run import Run
 from . import quantities as q
-from . import series
+from . import series, sheet
 from .palette import (
     BLUE,
     GREEN,
@@ -24,60 +22,29 @@ from .palette import (
     PURPLE,
     SKY,
     STAGE_COLOURS,
-    STYLE,
     VERMILLION,
 )
 from .series import STAGES, Point
+from .sheet import png as png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SIZE_INCHES, DPI = (8.6, 6.8), 140  # 1204 x 952 pixels; 11 pt stands 7.5 px high at a width of 420
 MOST_NAMED_CHANGES = 8
 
 
 def figure(run: Run) -> Figure:
     """Return the run's four plots as a Figure that shows itself as a PNG in a notebook."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    class Sheet(Figure):
-        """A Figure that a notebook shows although pyplot was never imported."""
-
-        def _repr_png_(self) -> bytes:
-            return png(self)
-
-    with mpl.rc_context(STYLE):
-        layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.03)
-        sheet = Sheet(figsize=SIZE_INCHES, dpi=DPI, layout=layout)
-        FigureCanvasAgg(sheet)
-        (loss, memory), (sizes, times) = sheet.subplots(2, 2)
-        for draw, axes in ((_loss, loss), (_memory, memory), (_sizes, sizes), (_times, times)):
+    def draw(all_four: list[Axes]) -> None:
+        for one, axes in zip((_loss, _memory, _sizes, _times), all_four, strict=True):
             axes.margins(x=0.02)
-            draw(axes, run)
+            one(axes, run)
             axes.set_xlabel("optimizer step")
-            axes.xaxis.get_major_locator().set_params(nbins=5, integer=True)
-            if axes.get_legend() is not None:
-                axes.get_legend().set_in_layout(False)
-        layout.execute(sheet)  # ticks and layout are settled while the style holds, and
-        sheet.set_layout_engine("none")  # for good: laying out is half the price of a drawing
-    return sheet
+            axes.locator_params(axis="x", nbins=5, integer=True)
 
-
-def png(sheet: Figure) -> bytes:
-    """Return the figure as PNG bytes, in 256 colours: a third of the size, and no eye sees it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
-
-    canvas, small = FigureCanvasAgg(sheet), io.BytesIO()
-    canvas.draw()  # savefig would draw it twice, and encode what is decoded here
-    drawn = Image.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba()))
-    colours = drawn.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    colours.save(small, format="png", optimize=True)
-    return small.getvalue()
+    return sheet.figure(draw)
 
 
 def _loss(axes: Axes, run: Run) -> None:

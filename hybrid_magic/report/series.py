@@ -60,6 +60,8 @@ def settled(sizes: Sequence[int]) -> list[int]:
     An epoch's last, smaller batch and a step that was cut to measure the noise scale are no
     decisions: dips of up to two steps are filled (a morphological closing over five).
     """
+    if len(set(sizes)) < 2:
+        return list(sizes)
     highest = [max(sizes[max(0, at - 2) : at + 3]) for at in range(len(sizes))]
     return [min(highest[max(0, at - 2) : at + 3]) for at in range(len(sizes))]
 

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 SIZE_INCHES, DPI = (8.6, 6.8), 140  # 1204 x 952 pixels; 11 pt stands 7.5 px high at a width of 420
 _WIDTH, _HEIGHT = (72 * inches for inches in SIZE_INCHES)  # from here on in points
-_TITLE, _BELOW = 25.0, 44.0  # above each plot; below it, for tick labels and the name of the axis
+_TITLE, _BELOW = 24.0, 42.0  # above each plot; below it, for tick labels and the name of the axis
 _EDGE, _AT_RIGHT = 6.0, 6.0  # around the sheet; for half a tick label beyond a plot's end
 _NAME, _TICK = 17.0, 8.0  # the name of a vertical axis; a tick and its distance to the label
-_LETTER = 0.64 * STYLE["ytick.labelsize"]  # a digit's width; other signs of a number have less
+_LETTER = 0.64 * STYLE["ytick.labelsize"]  # a digit's width
 _TALL = (_HEIGHT - 2 * (_TITLE + _BELOW) - _EDGE) / 2
 
 
@@ -53,11 +53,13 @@ def figure(draw: Callable[[list[Axes]], None]) -> Figure:
 
 def png(sheet: Figure) -> bytes:
     """Return the figure as PNG bytes, in 256 colours: a third of the size, and no eye sees it."""
+    import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
     canvas, small = FigureCanvasAgg(sheet), io.BytesIO()
-    canvas.draw()  # savefig would draw it twice, and encode what is decoded here
+    with mpl.rc_context(STYLE):
+        canvas.draw()  # savefig would draw it twice, and encode what is decoded here
     drawn = Image.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba()))
     few = drawn.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     colours, ground = few.getpalette() or [], 3 * int(few.getpixel((0, 0)))  # type: ignore[arg-type]
@@ -71,8 +73,8 @@ def _settle(plots: list[Axes]) -> None:
     """Place the plots so that each column has room for its longest tick label."""
     for axes in plots:
         axes.xaxis.get_ticklabels()
-    longest = [max(map(_longest, plots[column::2])) for column in (0, 1)]
-    room = [_NAME + _TICK + _LETTER * letters for letters in longest]
+    letters = [max(map(_letters, plots[column::2])) for column in (0, 1)]
+    room = [_NAME + _TICK + _LETTER * longest for longest in letters]
     width = (_WIDTH - 2 * _EDGE - sum(room) - 2 * _AT_RIGHT) / 2
     left = [_EDGE + room[0], _WIDTH - _EDGE - _AT_RIGHT - width]
     for at, axes in enumerate(plots):
@@ -80,11 +82,20 @@ def _settle(plots: list[Axes]) -> None:
         axes.set_position(_place(1 - row, left[column], width))
         # Where a name stands is said, else all tick labels are measured for it.
         axes.yaxis.set_label_coords((_NAME - 3.0 - room[column]) / width, 0.5)
-        axes.xaxis.set_label_coords(0.5, -(_BELOW - 21.0) / _TALL)
+        axes.xaxis.set_label_coords(0.5, -(_BELOW - 20.0) / _TALL)
+        title = axes.set_title(axes.get_title(loc="left"))
+        fits = (width + _AT_RIGHT) * DPI / 72 / max(1.0, title.get_window_extent().width)
+        if fits < 1:
+            title.set_fontsize(fits * STYLE["axes.titlesize"])
 
 
-def _longest(axes: Axes) -> int:
-    return max((len(label.get_text()) for label in axes.yaxis.get_ticklabels()), default=0)
+def _letters(axes: Axes) -> float:
+    """Return how wide the tick labels at the left are, in digits."""
+    said = [label.get_text() for label in axes.yaxis.get_ticklabels()]
+    if axes.yaxis.get_major_formatter().get_offset():  # "1e-7" would stand in the title
+        axes.yaxis.set_major_formatter("{x:.7g}")
+        said = [label.get_text() for label in axes.yaxis.get_ticklabels()]
+    return max((len(label) - 0.5 * sum(map(label.count, ",.")) for label in said), default=0.0)
 
 
 def _place(row: int, left: float, width: float) -> Any:

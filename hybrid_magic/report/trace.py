@@ -32,25 +32,31 @@ class Bucket:
     step_sum_s: float = 0.0
 
     def add(self, record: StepRecord) -> None:
+        """Take in one step; written out, as it is paid for at every one."""
         self.step = record.step
         self.steps += 1
         loss = record.loss
         if loss is not None and math.isfinite(loss):
             self.loss_sum += loss
             self.losses += 1
-            self.loss_max = max(self.loss_max, loss)
-        self.global_batch_size = max(self.global_batch_size, record.global_batch_size)
-        self.microbatch_size = max(self.microbatch_size, record.microbatch_size)
-        self.allocated_bytes = _larger(self.allocated_bytes, record.allocated_peak_bytes)
-        self.reserved_bytes = _larger(self.reserved_bytes, record.reserved_peak_bytes)
+            if loss > self.loss_max:
+                self.loss_max = loss
+        if record.global_batch_size > self.global_batch_size:
+            self.global_batch_size = record.global_batch_size
+        if record.microbatch_size > self.microbatch_size:
+            self.microbatch_size = record.microbatch_size
+        if record.allocated_peak_bytes is not None:
+            self.allocated_bytes = _larger(self.allocated_bytes, record.allocated_peak_bytes)
+        if record.reserved_peak_bytes is not None:
+            self.reserved_bytes = _larger(self.reserved_bytes, record.reserved_peak_bytes)
         if record.step_s is not None:
             self.timed += 1
             self.step_sum_s += record.step_s
-            stages = (record.data_s, record.forward_s, record.backward_s, record.optimizer_s)
-            self.stage_sums_s = [
-                total + (spent or 0.0)
-                for total, spent in zip(self.stage_sums_s, stages, strict=True)
-            ]
+            sums = self.stage_sums_s
+            sums[0] += record.data_s or 0.0
+            sums[1] += record.forward_s or 0.0
+            sums[2] += record.backward_s or 0.0
+            sums[3] += record.optimizer_s or 0.0
 
     def merge(self, later: Bucket) -> None:
         """Take in the bucket that follows."""

@@ -238,7 +238,7 @@ def test_inspect_gives_the_source_of_the_step_and_of_what_it_defines(notebook):
     notebook.run("import inspect, textwrap")
     text = inner + "loss = textwrap.dedent(inspect.getsource(double))"
     assert result(notebook, text) == inner
-    notebook.run(f"step = step_of({text!r}, (), '--epochs 3')")
+    notebook.run(f"step = step_of({text!r}, (), '%%hybrid_train --epochs 3')")
     source = notebook.value("inspect.getsource(step)").splitlines()
     assert source[0].startswith("def step(")
     assert source[0].endswith("# %%hybrid_train --epochs 3")

@@ -191,3 +191,12 @@ def test_close_leaves_no_widget_alive():
     assert set(registry) > before
     panel.close()
     assert set(registry) == before
+
+
+def test_looks_are_shared_as_each_is_opened_and_closed_with_a_message_of_its_own():
+    panel, _, _ = make()
+    shown = widgets_in(panel)
+    looks = {
+        id(look) for one in shown for look in (one.layout, getattr(one, "style", None)) if look
+    }
+    assert len(looks) <= 11 < len(shown)

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import io
 import math
 import subprocess
 import sys
@@ -102,6 +103,51 @@ def test_an_unknown_memory_is_said_and_not_drawn_as_zero():
     axes = plots.figure(RUNS["nothing known"]).axes[1]
     assert [text.get_text() for text in axes.texts] == ["no reading on this device"]
     assert not axes.lines
+
+
+def drawn(sheet):
+    """Return where each title and tick label stands, in pixels, once the figure is drawn."""
+    plots.png(sheet)
+    return [
+        (
+            [axes._left_title.get_window_extent()],
+            [text.get_window_extent() for text in axes.yaxis.get_ticklabels()],
+        )
+        for axes in sheet.axes
+    ]
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [step_record(n, loss=3e-7 / n) for n in range(1, 99)],
+        [step_record(n, loss=2.3025 + 1e-6 * n) for n in range(1, 99)],
+        [
+            step_record(10**5 * n, loss=3e7 / n, global_batch_size=131_072 * n, step_s=123.4)
+            for n in range(1, 99)
+        ],
+    ],
+    ids=["tiny losses", "losses all alike", "large numbers"],
+)
+def test_titles_and_tick_labels_stay_on_the_sheet_and_beside_the_names_of_the_axes(records):
+    sheet = plots.figure(run_of(records))
+    width, height = sheet.canvas.get_width_height()
+    for (titles, labels), axes in zip(drawn(sheet), sheet.axes, strict=True):
+        name = axes.yaxis.label.get_window_extent()
+        assert name.x0 >= 0
+        assert all(box.x0 >= 0 and box.x1 <= width and box.y1 <= height for box in titles)
+        assert all(name.x1 <= box.x0 for box in labels)
+        assert not axes.yaxis.get_offset_text().get_text()
+
+
+def test_the_ground_of_the_picture_is_white():
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(plots.png(plots.figure(finished_run())))).convert("RGB")
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+    there = [colour for number, colour in image.getcolors(256) if number > 100]
+    for filled in ((0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00)):  # blue and orange keep their colour
+        assert min(max(abs(a - b) for a, b in zip(one, filled, strict=True)) for one in there) <= 2
 
 
 def test_pyplot_is_never_touched_and_a_persons_own_style_is_left_alone():
