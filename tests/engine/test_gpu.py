@@ -280,3 +280,41 @@ def test_keeping_a_step_revocable_does_not_raise_the_peak() -> None:
         peaks.append(torch.cuda.max_memory_allocated(GPU))
         del model, optimizer
     assert peaks[1] <= 1.02 * peaks[0]
+
+
+def test_an_ablation_gives_each_variant_its_own_peak_and_the_same_one_twice() -> None:
+    data = DataLoader(TensorDataset(*images(512)), batch_size=128, shuffle=True)
+    found = hm.ablate(
+        cnn(dropout=0.0), data, val=data, device="cuda", variants=["fp32", "ga", "fp32+ga"], seeds=2
+    )
+    whole, cut, again = found.variants
+    assert whole.peak_allocated_bytes is not None
+    assert cut.peak_allocated_bytes is not None
+    assert again.peak_allocated_bytes == pytest.approx(cut.peak_allocated_bytes, rel=0.01)
+    assert cut.peak_allocated_bytes < whole.peak_allocated_bytes
+    assert [(t.accuracy, t.loss) for t in found.trials if t.variant == "ga"] == pytest.approx(
+        [(t.accuracy, t.loss) for t in found.trials if t.variant == "fp32+ga"]
+    )
+
+
+class Wide(torch.nn.Module):
+    """32 MiB a sample, for as long as the graph lives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = x.new_ones(len(x), 8 * 2**20, requires_grad=True)
+        return self.inner(x) + (kept * 2).mean(1, keepdim=True)
+
+
+def test_a_loader_batch_that_does_not_fit_is_a_row_of_the_ablation() -> None:
+    total = torch.cuda.get_device_properties(GPU).total_memory
+    torch.cuda.set_per_process_memory_fraction(2 * 2**30 / total, GPU)
+    try:
+        data = DataLoader(TensorDataset(*vectors(128)), batch_size=64)
+        found = hm.ablate(Wide(), data, device="cuda", variants=["fp32", "ga", "hybrid"])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, GPU)
+    assert [row.outcome for row in found.variants] == ["oom", "finished", "finished"]
