@@ -292,12 +292,10 @@ def test_an_ablation_gives_each_variant_its_own_peak_and_the_same_one_twice() ->
     assert cut.peak_allocated_bytes is not None
     assert again.peak_allocated_bytes == pytest.approx(cut.peak_allocated_bytes, rel=0.01)
     assert cut.peak_allocated_bytes < whole.peak_allocated_bytes
-    assert [(t.accuracy, t.loss) for t in found.trials if t.variant == "ga"] == pytest.approx(
-        [(t.accuracy, t.loss) for t in found.trials if t.variant == "fp32+ga"]
-    )
+    assert again.accuracy == pytest.approx(cut.accuracy)
 
 
-class Wide(torch.nn.Module):
+class Heavy(torch.nn.Module):
     """32 MiB a sample, for as long as the graph lives."""
 
     def __init__(self) -> None:
@@ -314,7 +312,7 @@ def test_a_loader_batch_that_does_not_fit_is_a_row_of_the_ablation() -> None:
     torch.cuda.set_per_process_memory_fraction(2 * 2**30 / total, GPU)
     try:
         data = DataLoader(TensorDataset(*vectors(128)), batch_size=64)
-        found = hm.ablate(Wide(), data, device="cuda", variants=["fp32", "ga", "hybrid"])
+        found = hm.ablate(Heavy(), data, device="cuda", variants=["fp32", "ga", "hybrid"])
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, GPU)
     assert [row.outcome for row in found.variants] == ["oom", "finished", "finished"]
