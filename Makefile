@@ -33,8 +33,8 @@ browser: $(VENV)/.dev ## the panel in JupyterLab, Notebook 7 and the classic not
 lint: $(VENV)/.dev ## what CI checks besides the tests
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m pyright
 
-notebook: $(VENV)/.dev ## run the quickstart again and keep its outputs and the README's picture
-	@$(RUN) notebooks/demo.py --keep
+notebook: $(VENV)/.dev ## run NOTEBOOK (left out: the quickstart) again and keep its outputs
+	@$(RUN) notebooks/demo.py $(NOTEBOOK) --keep
 
 screenshots: $(VENV)/.dev ## train in JupyterLab and keep the README's pictures of the panel
 	@$(RUN) -m notebooks.screenshots

@@ -1,13 +1,16 @@
-"""Run the quickstart without a browser: a line a cell, the runs' tables, and a page to look at.
+"""Run a lesson without a browser: a line a cell, the tables, and a page to look at.
 
-    python notebooks/demo.py           what `make demo` does
-    python notebooks/demo.py --keep    also keep its outputs, and the README's picture
+    python notebooks/demo.py                        the quickstart: what `make demo` does
+    python notebooks/demo.py 02_ablation            another one
+    python notebooks/demo.py [NAME] --keep          also keep its outputs (of the quickstart, the
+                                                    README's picture too)
 
 Knows nothing of the package: it executes the notebook as a person's Jupyter would.
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import os
 import pathlib
@@ -21,9 +24,8 @@ from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
 
 HERE = pathlib.Path(__file__).resolve().parent
-NOTEBOOK = HERE / "01_quickstart.ipynb"
-PICTURE = HERE / "01_quickstart.png"
-PAGE = HERE.parent / "build" / "01_quickstart.html"
+QUICKSTART = "01_quickstart"
+PAGES = HERE.parent / "build"
 CELL_TIMEOUT_S = 600
 
 
@@ -80,37 +82,54 @@ def outputs(notebook: Any, kind: str) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    if arguments not in ([], ["--keep"]):
-        print(f"demo.py was given {arguments}; wanted nothing or --keep", file=sys.stderr)
-        return 2
+    asked = read_line(arguments)
     # Networks this small gain nothing from a second thread, and on a busy machine they wait for it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook = nbformat.read(HERE / f"{asked.name}.ipynb", as_version=4)
     began = time.perf_counter()
     error = execute(notebook)
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(
+    page = PAGES / f"{asked.name}.html"
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(
         HTMLExporter(template_name="lab").from_notebook_node(notebook)[0], encoding="utf-8"
     )
     for table in filter(is_table, outputs(notebook, "text/plain")):
         print(f"\n{table}")
-    print(f"\n{time.perf_counter() - began:.0f} s in all; the page with its figures: {PAGE}")
+    print(f"\n{time.perf_counter() - began:.0f} s in all; the page with its figures: {page}")
     if error is not None:
         print(f"\na cell failed:\n{error}", file=sys.stderr)
         return 1
-    if arguments:
-        keep(notebook)
+    if asked.keep:
+        keep(notebook, asked.name)
     return 0
 
 
+def read_line(arguments: list[str]) -> argparse.Namespace:
+    """Return the name of a notebook that is here, and whether to keep its outputs."""
+    names = sorted(path.stem for path in HERE.glob("*.ipynb"))
+    parser = argparse.ArgumentParser(description="Run a lesson without a browser.")
+    parser.add_argument(
+        "name", nargs="?", default=QUICKSTART, metavar="NAME", help=", ".join(names)
+    )
+    parser.add_argument("--keep", action="store_true", help="write the outputs into the notebook")
+    asked = parser.parse_args(arguments)
+    if asked.name not in names:
+        parser.error(f"there is no notebook {asked.name}; wanted one of {', '.join(names)}")
+    return asked
+
+
 def is_table(text: str) -> bool:
-    return text.startswith("outcome ")
+    return text.startswith(("outcome ", "Ablation: "))
 
 
-def keep(notebook: Any) -> None:
-    """Write the outputs into the notebook, and its last figure beside it."""
-    nbformat.write(notebook, NOTEBOOK)
-    PICTURE.write_bytes(base64.b64decode(outputs(notebook, "image/png")[-1]))
+def keep(notebook: Any, name: str) -> None:
+    """Write the outputs into the notebook, without what only its kernel could show; of the
+    quickstart, the last figure beside it."""
+    notebook.metadata.pop("widgets", None)
+    nbformat.write(notebook, HERE / f"{name}.ipynb")
+    if name == QUICKSTART:
+        picture = base64.b64decode(outputs(notebook, "image/png")[-1])
+        (HERE / f"{name}.png").write_bytes(picture)
 
 
 if __name__ == "__main__":

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
+from hybrid_magic.datasets import FOLDER
+
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+DATA = {"03_resnet50_cifar100", "04_transformer_imdb"}  # train on what the data folder holds
 MOST_BYTES = 700_000  # five runs, each with a figure and a table, at most 300 kB a run
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
+def saved(path: pathlib.Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def cells(path: pathlib.Path) -> list[dict]:
-    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return saved(path)["cells"]
 
 
 def outputs(path: pathlib.Path) -> list[dict]:
     return [output for cell in cells(path) for output in cell.get("outputs", [])]
 
 
-def test_there_is_a_quickstart():
-    assert [path.name for path in NOTEBOOKS][:1] == ["01_quickstart.ipynb"]
+def test_the_lessons_are_here():
+    assert [path.stem for path in NOTEBOOKS] == ["01_quickstart", "02_ablation", *sorted(DATA)]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -41,6 +49,13 @@ class TestSavedNotebook:
         assert not [kind for kind in kinds if WIDGET in kind], "a widget is blank without a kernel"
         assert any("image/png" in kind for kind in kinds)
         assert any({"text/html", "text/plain"} <= kind for kind in kinds)
+
+    def test_no_state_of_widgets_is_kept(self, path):
+        assert "widgets" not in saved(path)["metadata"]
+
+    def test_every_picture_has_words_in_its_place(self, path):
+        pictures = [output for output in outputs(path) if "image/png" in output.get("data", {})]
+        assert all(picture["metadata"]["image/png"]["alt"] for picture in pictures)
 
     def test_it_is_small_and_names_no_machine(self, path):
         text = path.read_text(encoding="utf-8")
@@ -61,6 +76,27 @@ def test_the_demo_runs_and_says_where_its_page_is():
     assert str(page) in done.stdout
     assert "finished" in done.stdout
     assert "the same weights as the plain loop, to the last bit: True" in page.read_text("utf-8")
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS[1:]])
+def test_an_ablation_lesson_runs_headless(name):
+    if name in DATA and not os.environ.get(FOLDER):
+        pytest.skip(f"{FOLDER} names no folder with CIFAR-100 and IMDB")
+    saved_before = (ROOT / f"notebooks/{name}.ipynb").read_bytes()
+    command = [sys.executable, "notebooks/demo.py", name]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr
+    assert "Ablation: " in done.stdout
+    assert (ROOT / f"notebooks/{name}.ipynb").read_bytes() == saved_before, "only --keep may write"
+
+
+def test_a_notebook_that_is_not_here_is_told_with_those_that_are():
+    command = [sys.executable, "notebooks/demo.py", "05_nothing"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "no notebook 05_nothing; wanted one of 01_quickstart, 02_ablation" in done.stderr
 
 
 def test_a_demo_that_fails_says_so_with_its_exit_code(tmp_path):

@@ -46,7 +46,8 @@ def ablate(
     Every variant of a seed starts from the weights, optimizer, scheduler and random state that are
     there now, seeded alike, so that all see the same samples in the same order. The model ends as
     the last `hybrid` run left it; where none was done, or with `restore`, as it was. A DataLoader's
-    own generator is seeded for each run and put back.
+    own generator is seeded for each run and put back. `fp32` gives the plain loop's weights bit for
+    bit; it is run by this engine, whose own cost it bears like the others.
 
     Args:
         model, loader, step, optimizer, val, loss, scheduler: as for `train`; `val` gives the
