@@ -78,7 +78,11 @@ def compare(
     finally:
         made.outcome = ended
         gc.unfreeze()
-        end()
+        try:
+            end()
+        except BaseException:  # an interrupt that came while things were put back: once more
+            end()
+            raise
         probe.release()
     return made
 

@@ -13,7 +13,8 @@ from plain import by_hand, cnn, differences, images, mlp, vectors
 from torch.utils.data import DataLoader, TensorDataset
 
 import hybrid_magic as hm
-from hybrid_magic.engine import rehearse
+from hybrid_magic import ablation as ablations
+from hybrid_magic.engine import rehearse, rewind
 from hybrid_magic.engine.control import RunControl
 from hybrid_magic.records import Record, StepRecord, TrialRecord, TrialStartRecord
 
@@ -228,6 +229,37 @@ def test_an_interrupt_keeps_what_is_done_and_goes_through() -> None:
     assert hm.last_ablation is not None
     assert hm.last_ablation.outcome == "interrupted"
     assert [t.variant for t in hm.last_ablation.trials] == ["fp32"]
+    assert same(before, model.state_dict())
+
+
+def test_a_second_interrupt_while_things_are_put_back_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+    real, strikes = rewind._module, [True]
+
+    def struck(given: Any) -> Any:
+        put_back = real(given)
+
+        def interrupted() -> None:
+            ending = getattr(hm.last_ablation, "outcome", None) == "interrupted"
+            if ending and strikes and strikes.pop():
+                raise KeyboardInterrupt
+            put_back()
+
+        return interrupted
+
+    def sink(record: Record) -> None:
+        done = getattr(hm.last_ablation, "trials", ())
+        if isinstance(record, StepRecord) and len(done) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(rewind, "_module", struck)
+    monkeypatch.setattr(ablations, "last_ablation", None)
+    with pytest.raises(KeyboardInterrupt):
+        hm.ablate(model, loader(), variants=["fp32", "ga"], sink=sink)
+    assert strikes == []
     assert same(before, model.state_dict())
 
 
