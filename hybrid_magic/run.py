@@ -84,8 +84,9 @@ class Run:
 
     `outcome` is "finished", "stopped", "interrupted" or "failed". `peak_allocated_bytes` is what
     tensors needed (on a CPU: the process's peak resident set), `peak_reserved_bytes` what the
-    allocator took. `metrics` is a dict a validation. `seconds` counts training, not validation,
-    which is `validation_seconds`; what was shown meanwhile took `drawing_seconds` of them (None:
+    allocator took. `metrics` is a dict a validation. `seconds` counts training: not validation,
+    which is `validation_seconds`, nor what is measured before the first step to choose precision
+    and sizes, `opening_seconds`; what was shown meanwhile took `drawing_seconds` of them (None:
     nothing was shown). `retries` is how often a step ran out of memory and started over. `sizes`
     are the micro-batch sizes of every step, for `replay=`.
     """
@@ -97,6 +98,7 @@ class Run:
     samples_seen: int = 0
     seconds: float = 0.0
     validation_seconds: float = 0.0
+    opening_seconds: float = 0.0
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     final_loss: float | None = None

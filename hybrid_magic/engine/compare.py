@@ -21,7 +21,7 @@ from ..policy.variants import Variant, variant_of
 from ..records import Record, Sink, StartRecord, StepRecord, TrialRecord, TrialStartRecord
 from ..run import Run
 from .control import RunControl
-from .device import DeviceProbe
+from .device import CpuProbe, DeviceProbe
 from .rewind import PutBack
 from .setup import environment
 
@@ -56,10 +56,14 @@ def compare(
 ) -> Ablation:
     """Return the Ablation of a subject: each variant warmed up, then run with every seed."""
     made = Ablation(config=config.as_json(), environment=environment(probe), names=config.variants)
-    if probe.device.type == "cpu":
+    made.notes.append(
+        "every run starts from the same weights: seeds differ in the order of the samples and in "
+        "random numbers"
+    )
+    if isinstance(probe, CpuProbe):
         made.notes.append(
-            "memory is the whole process's, Python and its libraries included: on a CPU nothing "
-            "tells what the training alone takes"
+            "no memory is given: a process on a CPU keeps what its earlier runs took, and no run's "
+            "own peak is to be had"
         )
     course = _Course(subject, config, probe, made, sink or (lambda _: None), control)
     put_back = end = subject.beginning()
@@ -109,6 +113,7 @@ class _Course:
         for variant in self._variants:  # a contradiction is told before anything is run
             TrainConfig.from_options(self._options | variant.options)
         self._precision: str | None = None  # what auto was found to be, once for all runs
+        self.knows_peaks = not isinstance(probe, CpuProbe)
         self.stopped = False
 
     def trials(self, put_back: PutBack) -> Iterator[Variant]:
@@ -119,7 +124,7 @@ class _Course:
                 self._warm(variant)
         number = 0
         for at, seed in enumerate(self._config.seeds):
-            turn = at % len(self._variants)
+            turn = (at + self._config.seeds[0]) % len(self._variants)  # also over joined ablations
             for variant in (*self._variants[turn:], *self._variants[:turn]):
                 if self.stopped:
                     return
@@ -167,8 +172,8 @@ class _Course:
             seed=seed,
             outcome="finished",
             seconds=seconds,
-            peak_allocated_bytes=watch.allocated or run.peak_allocated_bytes,
-            peak_reserved_bytes=watch.reserved or run.peak_reserved_bytes,
+            peak_allocated_bytes=watch.allocated or None,
+            peak_reserved_bytes=watch.reserved or None,
             accuracy=accuracy_of(judged, self._config.log),
             loss=judged.get("loss", run.final_loss),
             steps=run.steps,
@@ -218,8 +223,9 @@ class _Watch:
 
     def __call__(self, record: Record) -> None:
         if isinstance(record, StepRecord):
-            self.allocated = max(self.allocated, record.allocated_peak_bytes or 0)
-            self.reserved = max(self.reserved, record.reserved_peak_bytes or 0)
+            if self._course.knows_peaks:
+                self.allocated = max(self.allocated, record.allocated_peak_bytes or 0)
+                self.reserved = max(self.reserved, record.reserved_peak_bytes or 0)
             self.ran_out |= record.retries > 0 and not self._recovers
             if self.ran_out or record.step == self._steps:
                 self.control.ask("stop")

@@ -72,7 +72,7 @@ def paths(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ..
 def at(tree: Any, path: tuple[Any, ...]) -> Any:
     """Return the leaf of `tree` at a path that `paths` gave."""
     for key in path:
-        tree = tree[key] if isinstance(tree, (Mapping, list, tuple)) else getattr(tree, key)
+        tree = tree[key] if isinstance(tree, (list, tuple, Mapping)) else getattr(tree, key)
     return tree
 
 
@@ -123,8 +123,10 @@ def count(batch: Any) -> int | None:
     """
     if type(batch) in (list, tuple) and len(batch) == 2:  # (x, y) as most loaders yield it
         x, y = batch
-        if type(x) is type(y) is torch.Tensor and x.dim() and y.dim() and len(x) == len(y):
-            return len(x)
+        if type(x) is type(y) is torch.Tensor and x.dim() and y.dim():
+            n = x.size(0)
+            if n == y.size(0):
+                return n
     if isinstance(batch, Named):
         return batch.size
     sizes = {leaf.shape[0] for leaf in leaves(batch) if _has_rows(leaf)}

@@ -56,12 +56,10 @@ class TrainState:
         self._precision_is_ours = config.precision == "auto" or (
             replay is not None and any(made.before == "fp16" for made in replay.changes)
         )
-        self._epochs = config.passes
-        self._steps = config.steps
+        self._epochs, self._steps = config.passes, config.steps
         self._seconds = None if config.minutes is None else 60 * config.minutes
         self._pending: deque[Any] = deque()  # what `_finish` takes
-        self._begun = 0.0
-        self._not_training = 0.0  # seconds of validation and of pauses
+        self._begun = self._not_training = 0.0  # a moment; seconds of validation, of pauses
         self._noise_scale: float | None = None
         self._validated = 0
         self._sums: bool | None = None  # whether the loss is a sum over samples; known after a step
@@ -88,13 +86,16 @@ class TrainState:
 
     def _count(self, sizes: list[int], lr_factor: float) -> None:
         """Count a step that is whole."""
-        state = self.step_state
-        with self.interrupts.held():
+        state, interrupts = self.step_state, self.interrupts
+        found, interrupts.ending = interrupts.ending, True  # as `held`, in a quarter of its time
+        try:
             self.in_epoch += state.samples - self.samples
             self.step, self.samples = state.steps, state.samples
             self.run.sizes.append(sizes, lr_factor)
             if self.schedule is not None:
                 self.schedule.advance(self.in_epoch)
+        finally:
+            interrupts.ending = found
 
     def catch_up(self, late: int = 0) -> None:
         """Take in what the device was asked, but for the newest `late` steps."""
@@ -148,21 +149,20 @@ class TrainState:
         self, step: int, result: StepResult, seen: Reading, loss: float, memory: _Memory
     ) -> None:
         """Tell the policy of a step and record what it changes."""
-        self.sizing.observe(
-            StepFacts(
-                step=step,
-                sizes=tuple(result.sizes),
-                loss=loss,
-                grad_norm=seen.norm,
-                skipped=seen.skipped,
-                micro_seconds=seen.micro_s,
-                optimizer_seconds=seen.optimizer_s,
-                peaks=None if result.peaks is None else tuple(result.peaks),
-                peak_bytes=memory[0],
-                pressure=memory[2],
-                noise=seen.noise,
-            ),
+        facts = StepFacts(
+            step=step,
+            sizes=tuple(result.sizes),
+            loss=loss,
+            grad_norm=seen.norm,
+            skipped=seen.skipped,
+            micro_seconds=seen.micro_s,
+            optimizer_seconds=seen.optimizer_s,
+            peaks=None if result.peaks is None else tuple(result.peaks),
+            peak_bytes=memory[0],
+            pressure=memory[2],
+            noise=seen.noise,
         )
+        self.sizing.observe(facts)
         if seen.noise is not None:
             self._noise_scale = self.sizing.noise_scale
 

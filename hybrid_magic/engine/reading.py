@@ -42,14 +42,14 @@ def read(result: StepResult, probe: DeviceProbe) -> Reading:
     forward = backward = 0.0
     micro = []
     for start, middle, end in result.spans:
-        ahead, back = span(start, middle), span(middle, end)
+        ahead, back = span(middle, start), span(end, middle)
         forward, backward = forward + ahead, backward + back
         micro.append(ahead + back)
     logged = None
     if result.names:
         logged = dict(zip(result.names, values[-len(result.names) :], strict=True))
     noise = None if result.noise is None else _noise_pair(result, values)
-    optimizer = sum(span(start, end) for start, end in result.ends)
+    optimizer = math.fsum([span(end, start) for start, end in result.ends])
     return Reading(loss, norm, skipped, forward, backward, optimizer, tuple(micro), noise, logged)
 
 

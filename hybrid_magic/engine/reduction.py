@@ -53,10 +53,14 @@ class Reduction:
         """Return what each micro-batch counts for: its samples, or its targets that count."""
         if self.kind != "targets":
             return [float(size) for size in sizes]
-        return [self._targets(batch) for batch in batches]
+        targets = [nested.at(batch, self.path) for batch in batches]
+        if self.class_weight is None and not self.shift and all(map(_is_host_row, targets)):
+            whole = torch.cat(targets).numpy()
+            if np.count_nonzero(whole != self.ignore_index) == whole.size:  # none is left out
+                return [float(target.numel()) for target in targets]
+        return [self._counted(target) for target in targets]
 
-    def _targets(self, batch: Any) -> float:
-        target = nested.at(batch, self.path)
+    def _counted(self, target: torch.Tensor) -> float:
         target = target[..., self.shift :] if self.shift else target
         if self.class_weight is None and target.device.type == "cpu":
             # targets on the host are counted there, by NumPy: no device is read for them
@@ -66,6 +70,10 @@ class Reduction:
             return float(kept.sum())
         chosen = target[kept].long()  # a uint8 index would be a mask
         return float(self.class_weight.to(target.device, torch.float64)[chosen].sum())
+
+
+def _is_host_row(target: torch.Tensor) -> bool:
+    return target.dim() == 1 and target.device.type == "cpu"
 
 
 def weights(reduction: Reduction, batches: Sequence[Any], sizes: Sequence[int]) -> list[float]:

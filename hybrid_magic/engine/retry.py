@@ -6,6 +6,7 @@ then. Which sizes failed is the policy's to remember.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -36,9 +37,7 @@ def whole_step(
     """
     factor = sizing.lr_factor(sum(data.sizes))
 
-    def work(data: StepData) -> StepResult:
-        return train_step(state, data, factor, measure_peaks=measure_peaks)
-
+    work = functools.partial(train_step, state, lr_factor=factor, measure_peaks=measure_peaks)
     return until_it_fits(state, sizing, data, work)
 
 

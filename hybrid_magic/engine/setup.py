@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -142,6 +143,7 @@ def open_state(
         undo: takes what must be undone when the run ends.
         ended_by: tells what is ending the run, None where nothing went wrong.
     """
+    began = time.perf_counter()
     ready = _step_state(task, config, probe, optimizer, state, first)
     made: list[torch.Tensor] = []
     undo.push(lambda: remove_unused(optimizer, made))
@@ -169,6 +171,7 @@ def open_state(
     if task.rehearses and not state.sizing.replaying:
         with state.interrupts.interruptible():
             rehearse.size_first_step(ready, state.sizing, first)
+    state.run.opening_seconds = time.perf_counter() - began
 
 
 def _step_state(

@@ -106,11 +106,14 @@ class Transaction:
         optimizer, precision = self._optimizer, self._precision
         self._groups = list(map(dict, optimizer.param_groups))
         states = optimizer.state
-        self._states = list(zip(states, states.values(), map(dict, states.values()), strict=True))
-        tensors = list(self._params)
-        for _, _, found in self._states:
-            tensors += [value for value in found.values() if isinstance(value, Tensor)]
-        self._stepped.take(tensors)
+        self._states = [(key, state, dict(state)) for key, state in states.items()]
+        found = [
+            value
+            for _, _, held in self._states
+            for value in held.values()
+            if isinstance(value, Tensor)
+        ]
+        self._stepped.take([*self._params, *found])
         scaler: Any = precision.scaler
         if scaler is not None and scaler._scale is not None:
             self._scale = [scaler._scale.clone(), scaler._growth_tracker.clone()]

@@ -104,7 +104,7 @@ class _Cell:
                 "that it defines in it"
             )
         self._printed = printed
-        return run, run.seconds, self._found()
+        return run, run.opening_seconds + run.seconds, self._found()
 
     def _found(self) -> dict[str, float]:
         """Return the numbers that the cell leaves in names of an accuracy."""

@@ -52,16 +52,17 @@ def _bars(
 ) -> None:
     axes.set_title(title)
     _bare(axes)
-    longest = max((float(getattr(row, name) or 0) for row in rows), default=0.0) or 1.0
+    known = [getattr(trial, name) or 0 for trial in ablation.trials]
+    longest = float(max(known, default=0)) or 1.0
     for at, row in enumerate(rows):
         mean = getattr(row, name)
         if mean is None:
             axes.text(0.02 * longest, at, _missing(row), va="center", color=INK, fontsize=10)
             continue
         axes.barh(at, mean, height=0.62, color=_colour(at, row))
-        _seeds(axes, ablation, row, at, name)
+        end = max(_seeds(axes, ablation, row, at, name), default=mean)
         axes.text(
-            mean + 0.03 * longest, at, said(mean), va="center", fontsize=10, color=INK,
+            max(mean, end) + 0.03 * longest, at, said(mean), va="center", fontsize=10, color=INK,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.8},
         )  # fmt: skip
     axes.set_xlim(0, 1.42 * longest)
@@ -95,7 +96,8 @@ def _dots(axes: Axes, ablation: Ablation, rows: list[Row]) -> None:
 
 def _seeds(
     axes: Axes, ablation: Ablation, row: Row, at: int, name: str, scale: float = 1.0
-) -> None:
+) -> list[float]:
+    """Draw a dot a seed, where there are several; return the values."""
     values = [
         scale * value
         for trial in ablation.trials
@@ -104,6 +106,7 @@ def _seeds(
     if len(values) > 1:
         above: Any = [at - 0.2] * len(values)
         axes.plot(values, above, "o", color=INK, markersize=3, alpha=0.7, linestyle="none")
+    return values
 
 
 def _colour(at: int, row: Row) -> str:

@@ -184,6 +184,8 @@ def _time(run: Run) -> str:
     said = f"{q.duration(run.seconds)} training"
     if run.validation_seconds:
         said += f" + {q.duration(run.validation_seconds)} validation"
+    if run.opening_seconds > 0.02 * run.seconds:
+        said += f" + {q.duration(run.opening_seconds)} before it, to choose precision and sizes"
     said += f", {q.rate(run.samples_per_second)}"
     if run.drawing_seconds is not None and run.seconds > 0:
         share = q.share(run.drawing_seconds / run.seconds)

@@ -28,6 +28,10 @@ def sentences(ablation: Ablation) -> list[str]:
             said.append(f"{row.name}: {', '.join(_costs(row, first.name))}")
             if row.accuracy_delta is not None:
                 said.append(f"{row.name}: {_accuracy(row.accuracy_delta, scale, first.name)}")
+    n = len(ablation.seeds)
+    if n < comparison.FEW and len(said) > (first.outcome != "finished"):
+        intervals = "intervals of so few are wide" if n >= comparison.FEWEST else "no interval"
+        said.append(f"{_seeds(n)}: {intervals}; use {comparison.FEW} or more, e.g. --seeds 5")
     return said
 
 
@@ -70,20 +74,16 @@ def _accuracy(delta: Estimate, scale: float, base: str) -> str:
     question = f"accuracy within {POINTS:g} points of {base}"
     found, near = _interval(delta, scale, "points"), comparison.within(delta, margin)
     if delta.n < comparison.FEWEST:
-        return (
-            f"{question}: {_seeds(delta.n)} cannot tell ({points:+.2f} points); "
-            f"at least {comparison.FEWEST} are needed, {comparison.FEW} are better"
-        )
-    few = f"; few seeds, {comparison.FEW} or more are better" if delta.n < comparison.FEW else ""
+        return f"{question}: {_seeds(delta.n)} cannot tell ({points:+.2f} points)"
     if near is None:
-        wanted = comparison.seeds_wanted(delta, margin)
-        more = f"about {wanted} seeds would tell" if wanted else "no number of seeds in reach tells"
-        return f"{question}: undecided, {found}; {more}"
+        wanted = comparison.seeds_wanted(delta, margin) if delta.n >= comparison.FEW else None
+        more = f"; about {wanted} seeds would tell" if wanted else ""
+        return f"{question}: undecided, {found}{more}"
     if delta.low == delta.high == 0:
         return f"{question}: yes, the same with every one of {_seeds(delta.n)}"
     if not near and delta > 0:
-        return f"{question}: better, {found}{few}"
-    return f"{question}: {'yes' if near else 'no'}, {found}{few}"
+        return f"{question}: better, {found}"
+    return f"{question}: {'yes' if near else 'no'}, {found}"
 
 
 def _interval(of: Estimate, factor: float, unit: str) -> str:

@@ -104,9 +104,9 @@ def test_a_variant_against_itself_shows_the_same_accuracy_and_loss() -> None:
 def test_the_order_of_the_variants_rotates_over_the_seeds() -> None:
     found = hm.ablate(mlp(), loader(), variants=["fp32", "mp", "ga"], seeds=[4, 5, 9])
     assert [(t.seed, t.variant) for t in found.trials] == [
-        (4, "fp32"), (4, "mp"), (4, "ga"),
-        (5, "mp"), (5, "ga"), (5, "fp32"),
-        (9, "ga"), (9, "fp32"), (9, "mp"),
+        (4, "mp"), (4, "ga"), (4, "fp32"),
+        (5, "ga"), (5, "fp32"), (5, "mp"),
+        (9, "fp32"), (9, "mp"), (9, "ga"),
     ]  # fmt: skip
     assert [row.name for row in found.variants] == ["fp32", "mp", "ga"]
 

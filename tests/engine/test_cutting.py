@@ -75,6 +75,14 @@ def test_targets_left_out_by_ignore_index(sizes: list[int], seed: int) -> None:
     )
 
 
+@given(cuts, st.integers(0, 4))
+@settings(deadline=None, max_examples=25)
+def test_a_class_left_out_by_ignore_index(sizes: list[int], left_out: int) -> None:
+    x, y = vectors(sum(sizes))
+    y[0] = (left_out + 1) % 5  # at least one target counts
+    assert_cut_changes_nothing(mlp(), pair_loss(ignore_index=left_out), (x, y), sizes)
+
+
 @given(cuts)
 @settings(deadline=None, max_examples=25)
 def test_classes_that_weigh_differently(sizes: list[int]) -> None:

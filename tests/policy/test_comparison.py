@@ -26,8 +26,8 @@ def test_an_estimate_is_the_mean_with_an_interval_around_it(values: list[float])
     assert (found.low is None) == (len(values) < comparison.FEWEST) == (found.high is None)
     if found.low is not None and found.high is not None:
         slack = 1e-9 * (1 + max(map(abs, values)))
-        assert min(values) - slack <= found.low <= found + slack
-        assert found - slack <= found.high <= max(values) + slack
+        assert found.low <= found + slack
+        assert found - slack <= found.high
 
 
 def test_no_values_are_no_estimate_and_equal_values_have_no_width() -> None:
@@ -43,9 +43,9 @@ def test_the_same_values_give_the_same_interval() -> None:
     assert vars(one) == vars(other)
 
 
-@pytest.mark.parametrize(("n", "least"), [(5, 0.9), (10, 0.92), (30, 0.93)])
-def test_the_interval_covers_the_truth_nearly_as_often_as_it_says(n: int, least: float) -> None:
-    # A plain percentile interval of five values covers 81 %; the range of five covers 94 %.
+@pytest.mark.parametrize("n", [3, 5, 10, 30])
+def test_the_interval_covers_the_truth_as_often_as_it_says(n: int) -> None:
+    # A percentile interval of three values covers 75 %, of five 81 %.
     source = random.Random(1)
     trials, covered = 300, 0
     for _ in range(trials):
@@ -54,7 +54,7 @@ def test_the_interval_covers_the_truth_nearly_as_often_as_it_says(n: int, least:
         assert found.low is not None
         assert found.high is not None
         covered += found.low <= 0 <= found.high
-    assert covered / trials >= least - 0.03  # three hundred trials tell it to 3 points
+    assert covered / trials >= 0.95 - 0.03  # three hundred trials tell it to 3 points
 
 
 def test_an_estimate_survives_a_pickle_and_counts_as_a_number() -> None:
