@@ -32,9 +32,11 @@ def figure(ablation: Ablation) -> Figure:
     with mpl.rc_context(STYLE):
         sheet = Figure((_WIDTH, _AROUND + _ROW * max(2, len(rows))), DPI, layout="constrained")
         FigureCanvasAgg(sheet)
-        time, memory, accuracy = sheet.subplots(1, 3, sharey=True)
+        known = any(row.peak_allocated_bytes is not None for row in rows)  # not on a CPU
+        time, *memory, accuracy = sheet.subplots(1, 2 + known, sharey=True)
         _bars(time, ablation, rows, "Training time", "seconds", q.seconds)
-        _bars(memory, ablation, rows, "Peak memory", "peak_allocated_bytes", q.size)
+        for axes in memory:
+            _bars(axes, ablation, rows, "Peak memory", "peak_allocated_bytes", q.size)
         _dots(accuracy, ablation, rows)
         time.set_yticks(range(len(rows)), [row.name for row in rows])
         time.set_ylim(len(rows) - 0.45, -0.55)

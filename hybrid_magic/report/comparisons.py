@@ -19,7 +19,8 @@ from . import bars, verdicts
 from . import quantities as q
 from .tables import WIDTH
 
-HEADS = ("variant", "precision", "training time", "peak memory", "accuracy", "speedup")
+WORDS = ("variant", "precision")
+HEADS = (*WORDS, "training time", "peak memory", "accuracy", "speedup")
 MINUS, PLUS_MINUS, DELTA = "\N{MINUS SIGN}", "\N{PLUS-MINUS SIGN}", "\N{GREEK CAPITAL LETTER DELTA}"
 DISPLAY_WIDTH_PX = 860
 
@@ -103,16 +104,23 @@ def caption(ablation: Ablation) -> str:
     return ", ".join(words) + spread + ended
 
 
+def known(ablation: Ablation) -> list[list[str]]:
+    """Return the heads and the rows, without the columns of which nothing is known."""
+    columns = zip(heads(), *cells(ablation), strict=True)
+    return [
+        list(row) for row in zip(*(column for column in columns if any(column[1:])), strict=True)
+    ]
+
+
 def text(ablation: Ablation) -> str:
     """Return the table as text, with what may be said below it."""
-    shown = [heads(), *cells(ablation)]
-    kept = [at for at in range(len(shown[0])) if any(row[at] for row in shown[1:])]
-    widths = [max(len(row[at]) for row in shown) for at in kept]
+    shown = known(ablation) or [[]]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     lines = [f"Ablation: {caption(ablation)}", ""]
     for row in shown:
         laid = (
-            row[at].ljust(wide) if at < 2 else row[at].rjust(wide)
-            for at, wide in zip(kept, widths, strict=True)
+            cell.ljust(wide) if head in WORDS else cell.rjust(wide)
+            for head, cell, wide in zip(shown[0], row, widths, strict=True)
         )
         lines.append("  ".join(laid).rstrip())
     said = [
@@ -135,22 +143,24 @@ def table_html(ablation: Ablation) -> str:
     """Return the table alone, as HTML."""
     left = 'style="text-align: left; color: inherit"'
     right = 'style="text-align: right; color: inherit; white-space: nowrap"'
-    top = "".join(
-        f'<th scope="col" {left if at < 2 else right}>{escape(head)}</th>'
-        for at, head in enumerate(heads())
+    top, *body = known(ablation) or [[]]
+    styles = [left if head in WORDS else right for head in top]
+    heading = "".join(
+        f'<th scope="col" {style}>{escape(head)}</th>'
+        for style, head in zip(styles, top, strict=True)
     )
     rows = []
-    for name, *rest in cells(ablation):
-        body = "".join(
-            f"<td {left if at == 0 else right}>{escape(q.unbroken(cell))}</td>"
-            for at, cell in enumerate(rest)
+    for name, *rest in body:
+        said = "".join(
+            f"<td {style}>{escape(q.unbroken(cell))}</td>"
+            for style, cell in zip(styles[1:], rest, strict=True)
         )
-        rows.append(f'<tr><th scope="row" {left}>{escape(name)}</th>{body}</tr>')
+        rows.append(f'<tr><th scope="row" {left}>{escape(name)}</th>{said}</tr>')
     return (
         '<div style="overflow-x: auto"><table style="color: inherit; margin: 0 0 0.8em 0">'
         '<caption style="text-align: left; white-space: nowrap; color: inherit">'
         f"<b>Ablation</b>: {escape(caption(ablation))}</caption>"
-        f"<tr>{top}</tr>{''.join(rows)}</table></div>"
+        f"<tr>{heading}</tr>{''.join(rows)}</table></div>"
     )
 
 
@@ -161,9 +171,9 @@ _TEX |= {MINUS: "$-$", PLUS_MINUS: r"$\pm$", q.TIMES: r"$\times$", DELTA: r"$\De
 
 def latex(ablation: Ablation) -> str:
     """Return the table as a tabular; it wants \\usepackage{booktabs}."""
-    shown = [heads(), *cells(ablation)]
-    lines = [" & ".join(map(_tex, row)) + r" \\" for row in shown]
-    columns = "ll" + "r" * (len(shown[0]) - 2)
+    top, *body = known(ablation) or [[]]
+    lines = [" & ".join(map(_tex, row)) + r" \\" for row in (top, *body)]
+    columns = "".join("l" if head in WORDS else "r" for head in top)
     return "\n".join(
         [
             f"% {caption(ablation)}",
@@ -219,8 +229,7 @@ def figure_bundle(ablation: Ablation) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def alt_text(ablation: Ablation) -> str:
     """Return what the figure shows, in words with its numbers."""
-    shown = zip(heads(), *cells(ablation), strict=True)
-    name, _, seconds, memory, accuracy, *_ = map(list, shown)
+    name, _, seconds, memory, accuracy, *_ = zip(heads(), *cells(ablation), strict=True)
     told = [
         f"{name[at]}: " + ", ".join(word for word in cell if word)
         for at, cell in enumerate(zip(seconds[1:], memory[1:], accuracy[1:], strict=True), start=1)
