@@ -19,7 +19,7 @@ from .pump import Pump, interrupts_held
 from .scene import Scene
 from .textline import TextLine
 
-DRAW_SHARE = 0.0025  # of the run; the kernel's threads take a third as much to send what is drawn
+DRAW_SHARE = 0.0012  # of the run, a redraw a second: to show one costs a page far more than us
 SOONEST_S, LATEST_S = 0.25, 5.0  # between two redraws; one slow redraw must not freeze the view
 ANSWER_WITHIN_S = 2.0  # a front end that shows the panel says so; else text is written
 SILENT = (
