@@ -139,6 +139,8 @@ class View:
         )
         self._drawn = now
         self._due = now + max(least_s, min(LATEST_S, self._usual_cost_s / DRAW_SHARE))
+        if now < self._patience_ends:  # whether to go on as text is seen to in time
+            self._due = min(self._due, self._patience_ends)
 
     def _choose(self, now: float) -> None:
         """Panel or text: text while no front end has said that it shows the panel."""
