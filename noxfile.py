@@ -109,14 +109,20 @@ def compat(session: nox.Session, stack: str) -> None:
     session.install(*STACKS[stack])
     borrow_packages(session)
     session.install("--no-deps", "-e", ".")
-    tests = ["-m", "pytest", "-m", "not browser and not slow", *COMPAT[stack], *session.posargs]
-    session.run("python", *tests)
+    tests = ["-m", "pytest", "-m", "not browser and not slow"]
+    for chosen in COMPAT[stack]:
+        session.run("python", *tests, *chosen, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
+CLOCKED = [f"tests/notebook/test_{name}.py" for name in ("live", "pump", "headless")]
+TWO_AT_ONCE = ["-n", "2", "--dist", "loadfile", *(f"--ignore={path}" for path in CLOCKED)]
 COMPAT = {
-    "colab": ["tests/notebook", "tests/test_import.py", "tests/test_readme.py"],
+    "colab": [
+        [*TWO_AT_ONCE, "tests/notebook", "tests/test_import.py", "tests/test_readme.py"],
+        CLOCKED,
+    ],
     # Kaggle's differs in ipywidgets alone: what meets no widget is not run again.
-    "kaggle": ["tests/notebook/test_panel.py", "tests/notebook/test_live.py"],
+    "kaggle": [["tests/notebook/test_panel.py", "tests/notebook/test_live.py"]],
 }
 
 
