@@ -43,7 +43,7 @@ def test_the_same_values_give_the_same_interval() -> None:
     assert vars(one) == vars(other)
 
 
-@pytest.mark.parametrize("n", [3, 5, 10, 30])
+@pytest.mark.parametrize("n", [3, 5, 12])
 def test_the_interval_covers_the_truth_as_often_as_it_says(n: int) -> None:
     # A percentile interval of three values covers 75 %, of five 81 %.
     source = random.Random(1)
