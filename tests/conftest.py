@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -60,3 +61,10 @@ def why_no_browser() -> str | None:
     if importlib.util.find_spec("playwright") is None:
         return "playwright is not installed"
     return None if find_browser() else f"none of {', '.join(BROWSERS)} is installed"
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports made out of every collection to come: torch is a third of a second of
+    it, and running out of memory collects each time."""
+    gc.collect()
+    gc.freeze()
