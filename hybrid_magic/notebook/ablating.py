@@ -26,7 +26,7 @@ from ..records import Sink
 from ..run import Run
 from . import arguments, capture
 from .adopted import Loops, Stopped
-from .cell import Cell, make_step, read_cell
+from .cell import Cell, read_cell
 from .loopform import form_of
 
 _OURS = ("variants", "seeds", "restore", "log", "o", "plain")  # not what a loop is refused for
@@ -45,24 +45,8 @@ def ablation_of(
         if subject.kept is not None and not config.restore:
             view.after = subject.kept.show
         return made
-    step = make_step(shell, cell, config.log or ())
-    taken = capture.capture(read, shell.user_ns, bare=step is None)
-    if config.log and step is None:
-        raise HybridMagicError(capture.LOG_OF_NOTHING)
-    return ablate(
-        taken.model,
-        taken.loader,
-        step,
-        optimizer=taken.optimizer,
-        val=taken.val,
-        loss=taken.loss,
-        scheduler=taken.scheduler,
-        sink=view,
-        control=view.control,
-        names=taken.names,
-        found=taken.found,
-        **{name: value for name, value in read.options.items() if name not in capture.ROLES},
-    )
+    step, taken = capture.step_and_capture(shell, read, cell, config.log or ())
+    return taken.hand_to(ablate, step, read, view)
 
 
 class _Cell:

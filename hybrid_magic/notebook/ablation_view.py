@@ -19,9 +19,10 @@ from ..engine.control import RunControl
 from ..records import Record, StartRecord, StepRecord, TrialRecord, TrialStartRecord
 from ..report import comparisons
 from ..report import quantities as q
-from ..report.palette import BLUE
+from ..report.cards import progress_bar
 from .live import running_kernel
 from .pump import Pump, interrupts_held
+from .scene import Scene
 
 EVERY_S = 1.0  # between two redraws
 
@@ -46,24 +47,24 @@ class AblationView:
         self._trials: list[TrialRecord] = []
         self._names: dict[str, None] = {}
         self._now: TrialStartRecord | None = None
-        self._run: StartRecord | None = None
-        self._share = 0.0  # of the run in hand
+        self._scene: Scene | None = None  # of the run in hand
         self._began: float | None = None
         self._table, self._due, self._closed = "", 0.0, False
 
     def __call__(self, record: Record) -> None:
         if isinstance(record, StepRecord):
-            self._share = self._share_done(record)
+            if self._scene is not None:
+                self._scene.last = record
             return
         if isinstance(record, StartRecord):
-            self._run = record
+            self._scene = Scene(record, time.monotonic())
         elif isinstance(record, TrialStartRecord):
             self._begin(record)
         elif isinstance(record, TrialRecord):
             self._end(record)
 
     def _begin(self, record: TrialStartRecord) -> None:
-        opened, self._now, self._share = self._now is not None, record, 0.0
+        opened, self._now, self._scene = self._now is not None, record, None
         self._names[record.variant] = None
         if record.number is not None and self._began is None:
             self._began = time.monotonic()
@@ -71,25 +72,16 @@ class AblationView:
 
     def _end(self, record: TrialRecord) -> None:
         self._trials.append(record)
-        self._share = 0.0
+        self._scene = None
         if self._kernel is None:
             self._guarded(self._write)
             return
         so_far = Ablation(trials=list(self._trials), names=tuple(self._names))
         self._table = comparisons.table_html(so_far)
 
-    def _share_done(self, record: StepRecord) -> float:
-        start = self._run
-        if start is None:
-            return 0.0
-        if start.steps:
-            return min(1.0, record.step / start.steps)
-        if start.epochs and start.samples_per_epoch:
-            return min(1.0, record.samples_seen / (start.epochs * start.samples_per_epoch))
-        return 0.0
-
     def _fraction(self) -> float:
-        return (len(self._trials) + self._share) / self._now.total if self._now else 0.0
+        share = self._scene.fraction(time.monotonic()) if self._scene is not None else None
+        return (len(self._trials) + (share or 0.0)) / self._now.total if self._now else 0.0
 
     def _remaining_s(self) -> float | None:
         done = self._fraction()
@@ -136,13 +128,8 @@ class AblationView:
         self._due = time.monotonic() + EVERY_S
 
     def _bundle(self) -> dict[str, str]:
-        done, where = 100 * self._fraction(), self._where()
-        bar = (
-            f'<div role="progressbar" aria-valuemin="0" aria-valuemax="100" aria-label="Progress" '
-            f'aria-valuenow="{done:.0f}" style="height:6px;border-radius:3px;margin:4px 0 10px;'
-            'max-width:860px;background:rgba(128,128,128,.25)"><div style="height:6px;'
-            f'border-radius:3px;width:{done:.1f}%;background:{BLUE}"></div></div>'
-        )
+        where = self._where()
+        bar = progress_bar(100 * self._fraction(), "Progress", "max-width:860px;")
         return {
             "text/plain": where,
             "text/html": f"<div>{escape(q.unbroken(where))}</div>{bar}{self._table}",

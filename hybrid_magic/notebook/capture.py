@@ -7,7 +7,7 @@ Trains nothing.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import HybridMagicError
 from .arguments import Line
+from .cell import Cell, make_step
 
 CRITERIA = ("criterion", "loss_fn", "loss_func", "loss_function")  # what people call their own
 LOG_OF_NOTHING = "--log is for a step that the cell writes, and this cell is empty; leave --log out"
@@ -36,6 +37,42 @@ class Captured:
     scheduler: Any = None
     names: dict[str, str] = field(default_factory=dict)
     found: list[str] = field(default_factory=list)
+
+    def hand_to(self, work: Callable[..., Any], step: Any, line: Line, view: Any) -> Any:
+        """Return what `work` (the engine's `train` or `ablate`) returns for this and the options of
+        `line`, seen and steered by `view`."""
+        __tracebackhide__ = True
+        return work(
+            self.model,
+            self.loader,
+            step,
+            optimizer=self.optimizer,
+            val=self.val,
+            loss=self.loss,
+            scheduler=self.scheduler,
+            sink=view,
+            control=view.control,
+            names=self.names,
+            found=self.found,
+            **{name: value for name, value in line.options.items() if name not in ROLES},
+        )
+
+
+def step_and_capture(
+    shell: Any, line: Line, cell: Cell, log: Sequence[str]
+) -> tuple[Any, Captured]:
+    """Return the step that a cell writes (None: it is to be inferred), and what it trains with.
+
+    Raises:
+        HybridMagicError: of either, or `log` where there is no step to read it from.
+    """
+    step = make_step(shell, cell, log)
+    taken = capture(line, shell.user_ns, bare=step is None)
+    if log and step is None:
+        raise HybridMagicError(
+            "--log is for a step that the cell writes, and this cell is empty; leave --log out"
+        )
+    return step, taken
 
 
 def capture(line: Line, namespace: Mapping[str, Any], *, bare: bool) -> Captured:

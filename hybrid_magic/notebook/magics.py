@@ -142,12 +142,10 @@ def _train_step(shell: Any, read: arguments.Line, config: TrainConfig, cell: Cel
     __tracebackhide__ = True
     from ..engine.train import train as run_training
     from . import capture, live
-    from .cell import make_step
 
-    step = _or_one_line(lambda: make_step(shell, cell, config.log or ()))
-    taken = _or_one_line(lambda: capture.capture(read, shell.user_ns, bare=step is None))
-    if config.log and step is None:
-        raise UsageError(capture.LOG_OF_NOTHING)
+    step, taken = _or_one_line(
+        lambda: capture.step_and_capture(shell, read, cell, config.log or ())
+    )
     before = runs.last_run
     view = live.open_view(plain=config.plain)
 
@@ -158,20 +156,7 @@ def _train_step(shell: Any, read: arguments.Line, config: TrainConfig, cell: Cel
 
     def work() -> None:
         __tracebackhide__ = True
-        run_training(
-            taken.model,
-            taken.loader,
-            step,
-            optimizer=taken.optimizer,
-            val=taken.val,
-            loss=taken.loss,
-            scheduler=taken.scheduler,
-            sink=view,
-            control=view.control,
-            names=taken.names,
-            found=taken.found,
-            **{name: value for name, value in read.options.items() if name not in capture.ROLES},
-        )
+        taken.hand_to(run_training, step, read, view)
 
     return _trained(shell, work, close, config.o)
 

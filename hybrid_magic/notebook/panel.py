@@ -15,8 +15,7 @@ import ipywidgets as W
 
 from ..engine.control import RunControl
 from ..report import quantities as q
-from ..report.cards import cards
-from ..report.plots import BLUE
+from ..report.cards import cards, progress_bar
 from .scene import Scene
 
 _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -225,10 +224,7 @@ def _live_html(scene: Scene, now: float) -> str:
         '<div style="line-height:1.5"><div data-hybrid-magic="status" '
         'style="display:flex;flex-wrap:wrap;gap:0 12px">'
         f"<b>{escape(scene.state())}</b><span>{where}</span></div>"
-        f'<div role="progressbar" aria-valuemin="0" aria-valuemax="100" aria-valuenow="{done:.0f}" '
-        f'aria-label="Progress {part}" style="height:6px;border-radius:3px;margin:4px 0 10px;'
-        'background:rgba(128,128,128,.25)"><div style="height:6px;border-radius:3px;'
-        f'width:{done:.1f}%;background:{BLUE}"></div></div>'
+        + progress_bar(done, f"Progress {part}")
         + cards(scene.trace, scene.start, scene.changes)
         + "</div>"
     )

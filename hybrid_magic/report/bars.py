@@ -12,7 +12,7 @@ from ..ablation import Ablation, Row
 from . import quantities as q
 from . import verdicts
 from .palette import BLUE, FAINT, INK, SKY, STYLE
-from .sheet import DPI
+from .sheet import blank
 from .sheet import png as png
 
 if TYPE_CHECKING:
@@ -25,13 +25,10 @@ _WIDTH, _ROW, _AROUND = 8.6, 0.42, 0.95  # inches
 def figure(ablation: Ablation) -> Figure:
     """Return time, memory and accuracy of the variants as a Figure."""
     import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     rows = ablation.variants
     with mpl.rc_context(STYLE):
-        sheet = Figure((_WIDTH, _AROUND + _ROW * max(2, len(rows))), DPI, layout="constrained")
-        FigureCanvasAgg(sheet)
+        sheet = blank(_WIDTH, _AROUND + _ROW * max(2, len(rows)), layout="constrained")
         known = any(row.peak_allocated_bytes is not None for row in rows)  # not on a CPU
         time, *memory, accuracy = sheet.subplots(1, 2 + known, sharey=True)
         _bars(time, ablation, rows, "Training time", "seconds", q.seconds)

@@ -45,6 +45,17 @@ def cards(trace: Trace, start: StartRecord, changes: Iterable[BatchChangeRecord]
     )
 
 
+def progress_bar(percent: float, label: str, style: str = "") -> str:
+    """Return a bar that is full to `percent`, and says so to a screen reader."""
+    return (
+        f'<div role="progressbar" aria-valuemin="0" aria-valuemax="100" '
+        f'aria-valuenow="{percent:.0f}" aria-label="{label}" '
+        f'style="height:6px;border-radius:3px;margin:4px 0 10px;{style}'
+        'background:rgba(128,128,128,.25)"><div style="height:6px;border-radius:3px;'
+        f'width:{percent:.1f}%;background:{BLUE}"></div></div>'
+    )
+
+
 class _Across(dict[float, str]):
     """Where a step stands, as text; looked up, as all curves have the same few steps."""
 

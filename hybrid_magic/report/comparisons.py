@@ -5,7 +5,6 @@ What stands in a cell is decided once (`cells`) and laid out four times. Every n
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import io
 import textwrap
@@ -15,14 +14,13 @@ from typing import Any
 from ..ablation import Ablation, Row
 from ..policy.comparison import Estimate
 from ..records import TrialRecord
-from . import bars, verdicts
+from . import bars, page, verdicts
 from . import quantities as q
 from .tables import WIDTH
 
 WORDS = ("variant", "precision")
 HEADS = (*WORDS, "training time", "peak memory", "accuracy", "speedup")
 MINUS, PLUS_MINUS, DELTA = "\N{MINUS SIGN}", "\N{PLUS-MINUS SIGN}", "\N{GREEK CAPITAL LETTER DELTA}"
-DISPLAY_WIDTH_PX = 860
 
 
 def heads() -> list[str]:
@@ -209,22 +207,13 @@ def csv(ablation: Ablation) -> str:
 
 def mimebundle(ablation: Ablation) -> dict[str, Any]:
     """Return the ablation for `display`: the table as text, table and figure as one HTML page."""
-    said = text(ablation)
-    image = base64.b64encode(bars.png(bars.figure(ablation))).decode("ascii")
-    picture = (
-        f'<img src="data:image/png;base64,{image}" alt="{escape(alt_text(ablation))}" '
-        f'width="{DISPLAY_WIDTH_PX}" style="max-width: 100%; height: auto">'
-    )
-    return {"text/plain": said, "text/html": html(ablation) + picture}
+    shown = html(ablation) + page.picture(bars.figure(ablation), alt_text(ablation))
+    return {"text/plain": text(ablation), "text/html": shown}
 
 
 def figure_bundle(ablation: Ablation) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the figure alone and its metadata: a PNG, and the words that stand in for it."""
-    alt = alt_text(ablation)
-    image = base64.b64encode(bars.png(bars.figure(ablation))).decode("ascii")
-    return {"image/png": image, "text/plain": alt}, {
-        "image/png": {"width": DISPLAY_WIDTH_PX, "alt": alt}
-    }
+    return page.picture_bundle(bars.figure(ablation), alt_text(ablation))
 
 
 def alt_text(ablation: Ablation) -> str:

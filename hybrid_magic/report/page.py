@@ -7,23 +7,40 @@ from __future__ import annotations
 
 import base64
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..run import Run
 from . import plots, series, tables
 from . import quantities as q
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DISPLAY_WIDTH_PX = 860  # the PNG holds more pixels than that, for sharp screens
 
 
 def mimebundle(run: Run) -> dict[str, Any]:
     """Return the run for `display`: the table as text, and table and figure as one HTML page."""
-    image = base64.b64encode(plots.png(plots.figure(run))).decode("ascii")
-    picture = (
-        f'<img src="data:image/png;base64,{image}" alt="{escape(alt_text(run))}" '
+    page = tables.html(run) + picture(plots.figure(run), alt_text(run))
+    return {"text/plain": tables.text(run), "text/html": page}
+
+
+def picture(sheet: Figure, alt: str) -> str:
+    """Return a figure as HTML."""
+    return (
+        f'<img src="data:image/png;base64,{_png(sheet)}" alt="{escape(alt)}" '
         f'width="{DISPLAY_WIDTH_PX}" style="max-width: 100%; height: auto">'
     )
-    return {"text/plain": tables.text(run), "text/html": tables.html(run) + picture}
+
+
+def picture_bundle(sheet: Figure, alt: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a figure for `display` and its metadata: a PNG, and the words that stand for it."""
+    data = {"image/png": _png(sheet), "text/plain": alt}
+    return data, {"image/png": {"width": DISPLAY_WIDTH_PX, "alt": alt}}
+
+
+def _png(sheet: Figure) -> str:
+    return base64.b64encode(plots.png(sheet)).decode("ascii")
 
 
 def table_bundle(run: Run) -> dict[str, Any]:
@@ -33,12 +50,7 @@ def table_bundle(run: Run) -> dict[str, Any]:
 
 def figure_bundle(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the figure alone and its metadata: a PNG, and the sentence that stands in for it."""
-    alt = alt_text(run)
-    data = {
-        "image/png": base64.b64encode(plots.png(plots.figure(run))).decode("ascii"),
-        "text/plain": alt,
-    }
-    return data, {"image/png": {"width": DISPLAY_WIDTH_PX, "alt": alt}}
+    return picture_bundle(plots.figure(run), alt_text(run))
 
 
 def alt_text(run: Run) -> str:

@@ -33,22 +33,30 @@ def figure(draw: Callable[[list[Axes]], None]) -> Figure:
         draw: is given four empty plots, row by row, and draws on them.
     """
     import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    class Sheet(Figure):
-        """A Figure that a notebook shows although pyplot was never imported."""
-
-        def _repr_png_(self) -> bytes:
-            return png(self)
 
     with mpl.rc_context(STYLE):
-        sheet = Sheet(figsize=SIZE_INCHES, dpi=DPI)
-        FigureCanvasAgg(sheet)
+        sheet = blank(*SIZE_INCHES)
         plots = [sheet.add_axes(_place(row, 0.0, 100.0)) for row in (1, 1, 0, 0)]
         draw(plots)
         _settle(plots)  # while the style holds: ticks are made here
     return sheet
+
+
+def blank(width: float, height: float, **options: Any) -> Figure:
+    """Return an empty Figure, in inches, that a notebook shows although pyplot was never imported;
+    `options` are those of Figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    class Sheet(Figure):
+        """A Figure that shows itself as a PNG."""
+
+        def _repr_png_(self) -> bytes:
+            return png(self)
+
+    made = Sheet(figsize=(width, height), dpi=DPI, **options)
+    FigureCanvasAgg(made)
+    return made
 
 
 def png(sheet: Figure) -> bytes:
