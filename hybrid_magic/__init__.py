@@ -19,8 +19,10 @@ from .errors import ConfigError, HybridMagicError
 if TYPE_CHECKING:
     from .ablation import Ablation, load_ablation
     from .engine.ablate import ablate
+    from .engine.profile import profile
     from .engine.train import train
     from .notebook.planned import explain
+    from .profiles import Profile, load_profile
     from .records import TrialRecord
     from .run import Run, load_run
 
@@ -29,19 +31,24 @@ __all__ = [
     "Ablation",
     "ConfigError",
     "HybridMagicError",
+    "Profile",
     "Run",
     "TrialRecord",
     "ablate",
     "explain",
     "last_ablation",
+    "last_profile",
     "last_run",
     "load_ablation",
+    "load_profile",
     "load_run",
+    "profile",
     "train",
 ]
 
 last_run: Run | None
 last_ablation: Ablation | None
+last_profile: Profile | None
 
 
 def load_ipython_extension(shell: Any) -> None:
@@ -60,6 +67,10 @@ def __getattr__(name: str) -> Any:
         from .engine.ablate import ablate
 
         return ablate
+    if name == "profile":
+        from .engine.profile import profile
+
+        return profile
     if name == "explain":
         from .notebook.planned import explain
 
@@ -72,6 +83,10 @@ def __getattr__(name: str) -> Any:
         from . import ablation
 
         return getattr(ablation, name)
+    if name in ("Profile", "last_profile", "load_profile"):
+        from . import profiles
+
+        return getattr(profiles, name)
     if name == "TrialRecord":
         from .records import TrialRecord
 

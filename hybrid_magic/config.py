@@ -234,6 +234,25 @@ class AblateConfig(TrainConfig):
             )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileConfig(TrainConfig):
+    """Every option of a profile: those of a run, whose length is passed over, and what is written.
+
+    Raises:
+        ConfigError: a value that cannot be used.
+    """
+
+    steps: int | None = _option(
+        None, read.integer(1), "N", "measure N steps (else as many as take 3 s, at most 30)"
+    )
+    trace: str | None = _option(
+        None, read.text, "FILE", "write a torch.profiler trace of two steps to FILE (.json.gz)"
+    )
+    snapshot: str | None = _option(
+        None, read.text, "FILE", "write the CUDA allocator's history of one step to FILE (.pickle)"
+    )
+
+
 def flag_of(item: dataclasses.Field[Any]) -> str:
     """Return the option's spelling in a magic: `--max-batch` for the field `max_batch`."""
     return item.metadata["flag"] or "--" + item.name.replace("_", "-")

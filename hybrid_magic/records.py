@@ -96,6 +96,29 @@ class NoteRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class TelemetryRecord:
+    """What the machine's gauges showed `at_s` seconds into the run, after `step` steps.
+
+    `energy_j` is what the GPU has drawn since the run began, validation and pauses included, and
+    `gpu_used_bytes` what is taken of it, by whomever. `host_rss_bytes` is the resident memory of
+    this process and its children. A `cpu_utilization_ratio` of 1 is one core, busy all the time.
+    """
+
+    step: int
+    at_s: float
+    energy_j: float | None = None
+    gpu_used_bytes: int | None = None
+    gpu_utilization_ratio: float | None = None
+    gpu_power_w: float | None = None
+    gpu_temperature_c: float | None = None
+    gpu_clock_mhz: float | None = None
+    gpu_max_clock_mhz: float | None = None
+    host_rss_bytes: int | None = None
+    host_available_bytes: int | None = None
+    cpu_utilization_ratio: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TrialStartRecord:
     """One run of an ablation begins: the `number`th of `total`, or steps to warm `variant` up
     (`number` is None), outside the clock."""
@@ -131,7 +154,7 @@ class TrialRecord:
 
 Record = (
     StartRecord | StepRecord | BatchChangeRecord | ValidationRecord | NoteRecord
-    | TrialStartRecord | TrialRecord
+    | TelemetryRecord | TrialStartRecord | TrialRecord
 )  # fmt: skip
 Sink = Callable[[Record], None]
 
@@ -141,6 +164,7 @@ _KINDS: dict[str, type] = {
     "change": BatchChangeRecord,
     "validation": ValidationRecord,
     "note": NoteRecord,
+    "telemetry": TelemetryRecord,
     "trial_start": TrialStartRecord,
     "trial": TrialRecord,
 }

@@ -16,7 +16,14 @@ from typing import Any
 
 from . import records
 from .errors import HybridMagicError
-from .records import BatchChangeRecord, NoteRecord, StartRecord, StepRecord, ValidationRecord
+from .records import (
+    BatchChangeRecord,
+    NoteRecord,
+    StartRecord,
+    StepRecord,
+    TelemetryRecord,
+    ValidationRecord,
+)
 from .sizes import StepSizes
 from .writing import written_whole
 
@@ -78,6 +85,32 @@ def _lost(record: StepRecord) -> bool:
     return record.skipped or record.loss is None or math.isnan(record.loss)
 
 
+class Readings(Sequence[TelemetryRecord]):
+    """The telemetry of a run, oldest first: at most `limit` (3 or more) records, evenly apart in
+    the order in which they came, and the newest."""
+
+    def __init__(self, limit: int = 512) -> None:
+        self._limit, self._stride = limit, 1
+        self._records: list[TelemetryRecord] = []
+        self.seen = 0  # records ever appended
+
+    def append(self, record: TelemetryRecord) -> None:
+        if self.seen and (self.seen - 1) % self._stride:
+            self._records.pop()  # it was kept for being the newest
+        self._records.append(record)
+        self.seen += 1
+        if len(self._records) > self._limit:
+            self._stride *= 2
+            newest = [] if len(self._records) % 2 else [record]
+            self._records = self._records[::2] + newest
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._records[index]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+
 @dataclass
 class Run:
     """What a run did. Times in seconds, memory in bytes; `None` is unknown.
@@ -88,7 +121,8 @@ class Run:
     which is `validation_seconds`, nor what is measured before the first step to choose precision
     and sizes, `opening_seconds`; what was shown meanwhile took `drawing_seconds` of them (None:
     nothing was shown). `retries` is how often a step ran out of memory and started over. `sizes`
-    are the micro-batch sizes of every step, for `replay=`.
+    are the micro-batch sizes of every step, for `replay=`. `telemetry` is what the machine's gauges
+    showed, about once a second.
     """
 
     config: dict[str, Any]
@@ -112,10 +146,22 @@ class Run:
     changes: list[BatchChangeRecord] = field(default_factory=list, repr=False)
     notes: list[str] = field(default_factory=list)
     sizes: StepSizes = field(default_factory=StepSizes, repr=False)
+    telemetry: Readings = field(default_factory=Readings, repr=False)
 
     @property
     def samples_per_second(self) -> float | None:
         return self.samples_seen / self.seconds if self.seconds > 0 else None
+
+    @property
+    def energy_j(self) -> float | None:
+        """Joules that the whole GPU drew from the first step to the end, whoever used it."""
+        return self.telemetry[-1].energy_j if self.telemetry else None
+
+    @property
+    def energy_j_per_1000_samples(self) -> float | None:
+        if self.energy_j is None or not self.samples_seen:
+            return None
+        return 1000 * self.energy_j / self.samples_seen
 
     def add(self, record: records.Record) -> None:
         """Take in one record; a Run is the first sink of every run."""
@@ -130,6 +176,8 @@ class Run:
                 self.notes.append(record.text)
             case StartRecord():
                 self.start = record
+            case TelemetryRecord():
+                self.telemetry.append(record)
 
     def summary(self) -> dict[str, Any]:
         """Return the run's totals as a plain dict."""
@@ -139,6 +187,7 @@ class Run:
             "samples_seen": self.samples_seen,
             "seconds": self.seconds,
             "validation_seconds": self.validation_seconds,
+            "opening_seconds": self.opening_seconds,
             "samples_per_second": self.samples_per_second,
             "peak_allocated_bytes": self.peak_allocated_bytes,
             "peak_reserved_bytes": self.peak_reserved_bytes,
@@ -146,6 +195,8 @@ class Run:
             "skipped_steps": self.skipped_steps,
             "retries": self.retries,
             "drawing_seconds": self.drawing_seconds,
+            "energy_j": self.energy_j,
+            "energy_j_per_1000_samples": self.energy_j_per_1000_samples,
             "error": self.error,
             "metrics": [dict(metrics) for metrics in self.metrics],
         }
@@ -192,12 +243,13 @@ class Run:
             yield self.start
         yield from self.history
         yield from self.changes
+        yield from self.telemetry
 
 
 _TOTALS = [
     item.name
     for item in dataclasses.fields(Run)
-    if item.name not in ("start", "history", "changes", "sizes")
+    if item.name not in ("start", "history", "changes", "sizes", "telemetry")
 ]
 
 

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 
-HEAVY = ["torch", "IPython", "ipywidgets", "matplotlib", "numpy", "tqdm", "PIL"]
+HEAVY = ["torch", "IPython", "ipywidgets", "matplotlib", "numpy", "tqdm", "PIL", "psutil", "pynvml"]
 
 
 def run(program: str) -> str:

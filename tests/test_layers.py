@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import pathlib
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,21 +29,26 @@ MAY_IMPORT = {
     "datasets": {"errors"},
     "sizes": set(),
     "writing": set(),
-    "policy": GROUND,
+    "policy": GROUND | {"findings", "profiles"},
     "run": {"errors", "records", "report", "sizes", "writing"},
     "ablation": {"errors", "records", "policy", "report", "writing"},
-    "report": GROUND | {"policy", "run", "ablation"},
+    "findings": set(),
+    "profiles": {"errors", "findings", "report", "writing"},
+    "report": GROUND | {"policy", "run", "ablation", "findings", "profiles"},
     "telemetry": GROUND,
     "adopt": {"errors"},
-    "engine": GROUND | {"policy", "run", "sizes", "ablation"},
+    "engine": GROUND
+    | {"policy", "run", "sizes", "ablation", "findings", "profiles", "telemetry"},
     "launch": GROUND | {"policy", "run", "report", "engine"},
     "notebook": GROUND
-    | {"policy", "run", "ablation", "report", "telemetry", "adopt", "engine", "launch"},
+    | {"option_values", "policy", "run", "ablation", "profiles", "report"}
+    | {"telemetry", "adopt", "engine", "launch"},
     "hybrid_magic": {
         "errors",
         "records",
         "run",
         "ablation",
+        "profiles",
         "engine",
         "notebook",
     },  # the package's own __init__
@@ -51,7 +57,7 @@ FRONT_ENDS = {"IPython", "ipywidgets", "ipykernel", "traitlets", "comm", "jupyte
 DRAWING = {"matplotlib", "tqdm"}
 GAUGES = {"psutil", "pynvml"}
 WITHOUT_TORCH = GROUND | {
-    *("option_values", "sizes", "writing", "run", "ablation"),
+    *("option_values", "sizes", "writing", "run", "ablation", "findings", "profiles"),
     *("policy", "report", "telemetry", "adopt"),
 }
 
@@ -214,6 +220,19 @@ def test_the_engine_neither_draws_nor_reads_gauges_nor_prints():
         if ast.unparse(call.func) in {"print", "input", "sys.stdout.write", "sys.stderr.write"}
     ]
     assert wrong == []
+
+
+def test_gauges_are_read_in_telemetry_alone_and_loaded_when_a_run_begins():
+    importing = re.compile(r"\b(?:import|import_module)\b.*\b(?:" + "|".join(GAUGES) + r")\b")
+    found = {
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if importing.search(line.partition("#")[0]) and '"' in line
+    }
+    assert found == {"telemetry/host.py", "telemetry/nvml.py"}
+    named = [str(item) for item in IMPORTS if outside(item, GAUGES)]
+    assert named == []
 
 
 def test_matplotlib_is_imported_when_something_is_drawn_and_never_through_pyplot():

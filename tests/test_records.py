@@ -11,6 +11,7 @@ from hybrid_magic.records import (
     NoteRecord,
     StartRecord,
     StepRecord,
+    TelemetryRecord,
     TrialRecord,
     TrialStartRecord,
     ValidationRecord,
@@ -18,7 +19,7 @@ from hybrid_magic.records import (
 
 KINDS = [
     *(StartRecord, StepRecord, BatchChangeRecord, ValidationRecord, NoteRecord),
-    *(TrialStartRecord, TrialRecord),
+    *(TelemetryRecord, TrialStartRecord, TrialRecord),
 ]
 FINITE = st.floats(allow_nan=False)
 NUMBERS = st.dictionaries(st.text(), FINITE, max_size=3)

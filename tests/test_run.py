@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -17,9 +18,10 @@ from hybrid_magic.records import (
     NoteRecord,
     StartRecord,
     StepRecord,
+    TelemetryRecord,
     ValidationRecord,
 )
-from hybrid_magic.run import History
+from hybrid_magic.run import History, Readings
 
 START = StartRecord("Net", "cpu", "fp32", "AdamW", 8, 48, 1, None, None, None, 2**34, 67)
 CHANGE = BatchChangeRecord(2, 8, 12, "global", "grew 8 -> 12: noise scale 512 samples")
@@ -57,6 +59,8 @@ def a_run() -> Run:
     run.add(CHANGE)
     run.add(ValidationRecord(7, {"epoch": 1, "loss": 0.25, "acc": 0.75}))
     run.add(NoteRecord("model: net"))
+    run.add(TelemetryRecord(1, 0.05, energy_j=5.0, gpu_used_bytes=2**21))
+    run.add(TelemetryRecord(7, 0.5, energy_j=28.0, gpu_used_bytes=2**21, gpu_power_w=50.0))
     run.outcome, run.steps, run.samples_seen, run.seconds = "finished", 7, 56, 0.5
     run.validation_seconds, run.final_loss, run.peak_allocated_bytes = 0.125, 0.1, 2**20
     return run
@@ -76,6 +80,7 @@ def test_a_saved_run_comes_back_whole(tmp_path):
     for name in ("config", "environment", "start", "changes", "notes", "metrics"):
         assert getattr(back, name) == getattr(run, name)
     assert list(back.history) == list(run.history)
+    assert list(back.telemetry) == list(run.telemetry)
     assert back.table() == run.table()
 
 
@@ -160,7 +165,7 @@ def test_the_file_is_complete_before_it_has_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", replace)
     a_run().save(tmp_path / "run.jsonl")
-    assert moved == {str(tmp_path / "run.jsonl"): 9}
+    assert moved == {str(tmp_path / "run.jsonl"): 11}
     assert not (tmp_path / "run.jsonl").exists()
 
 
@@ -182,6 +187,28 @@ def test_samples_per_second_is_unknown_until_time_has_passed():
     assert run.samples_per_second == 112.0
     run.seconds = 0.0
     assert run.samples_per_second is None
+
+
+def test_energy_is_that_of_the_last_reading_and_unknown_where_it_is():
+    run = a_run()
+    assert (run.energy_j, run.energy_j_per_1000_samples) == (28.0, 500.0)
+    run.samples_seen = 0
+    assert run.energy_j_per_1000_samples is None
+    run.add(TelemetryRecord(7, 0.6))  # the driver has gone: what was drawn to the end is not known
+    assert run.energy_j is run.energy_j_per_1000_samples is None
+    assert Run(config={}, environment={}).energy_j is None
+
+
+def test_a_run_that_was_saved_before_there_was_telemetry_is_loaded(tmp_path):
+    path, lines = saved(tmp_path)
+    older = [line for line in lines if '"kind": "telemetry"' not in line]
+    head = json.loads(older[0])
+    head["records"] = len(older) - 1
+    del head["energy_j"], head["energy_j_per_1000_samples"]
+    path.write_text("\n".join([json.dumps(head), *older[1:]]))
+    run = load_run(path)
+    assert (len(run.telemetry), run.energy_j) == (0, None)
+    assert "energy" not in run.table()
 
 
 def test_the_summary_is_plain_and_does_not_hold_the_run():
@@ -242,3 +269,16 @@ def test_a_history_reads_as_a_sequence():
     assert [one.step for one in history] == [1, 2, 3, 4]
     assert [one.step for one in history[1:3]] == [2, 3]
     assert [one.step for one in reversed(history)] == [4, 3, 2, 1]
+
+
+@given(st.integers(0, 400), st.integers(3, 40))
+def test_readings_are_bounded_and_evenly_apart_and_keep_their_ends(number, limit):
+    readings = Readings(limit)
+    for at in range(number):
+        readings.append(TelemetryRecord(at, float(at)))
+        assert len(readings) <= limit
+        assert (readings[0].step, readings[-1].step) == (0, at)
+    kept = [record.step for record in readings]
+    apart = {later - sooner for sooner, later in itertools.pairwise(kept[:-1])}
+    assert len(apart) <= 1  # all but the newest
+    assert len(kept) >= min(number, limit // 2)

@@ -71,13 +71,13 @@ def ablate(
     config = AblateConfig.from_options(
         options | {name: type(value).__name__ for name, value in said.items() if value is not None}
     )
-    subject = _Training(model, loader, step, said, names, found)
+    subject = Training(model, loader, step, said, names, found)
     probe = probe_for(choose_device(config.device, model))
     return compare(subject, config, probe, sink, control)
 
 
 @dataclass(frozen=True)
-class _Training:
+class Training:
     """A model that `train` trains."""
 
     model: torch.nn.Module

@@ -34,6 +34,7 @@ from .step_state import Gathered, StepResult, StepState
 from .task import Task
 from .transaction import Transaction
 from .undo import Undo
+from .watch import Watch
 
 
 class AdoptedRun:
@@ -81,10 +82,12 @@ class AdoptedRun:
         self._task = Task(
             model, device, feed, compute, None, optimizer, None, None, called, notes, adopted=True,
             precision=remembered_precision(before, config, device, own_precision, scaler),
+            loader=loader,
         )  # fmt: skip
         self._sink, self._control = sink, control
         self.interrupts, self._undo = Interrupts(), Undo()
         self.state: TrainState | None = None
+        self._watch: Watch | None = None
         self.step: StepState | None = None
         self.gathered: Gathered | None = None
         self.uncut, self.over = self._memory.uncut, False
@@ -153,6 +156,8 @@ class AdoptedRun:
         undo.push(self._task.feed.close)
         self.interrupts.catch(undo)
         undo.push(self.forget_skips)
+        self._watch = Watch(state)
+        undo.push(self._watch.end)
         open_state(
             self._task, self._config, self.probe, optimizer, state, first, undo, lambda: self._error
         )
@@ -160,6 +165,7 @@ class AdoptedRun:
         if self._task.rehearses:
             self.step.settle = self._memory.settle
         state.begin_epoch(max(0, self._pass))
+        self._watch.begin()
         self._since = time.perf_counter()
 
     def forget_skips(self) -> None:
@@ -223,9 +229,12 @@ class AdoptedRun:
     def took(self, result: StepResult) -> None:
         """Take in a step that is whole, and do what was asked meanwhile."""
         assert self.state is not None
+        assert self._watch is not None
         now = time.perf_counter()
         self.state.took(result, self.retries, self.waited, now - self._since)
         self._since, self.waited, self.retries = now, 0.0, 0
+        if self._watch.readings:
+            self._watch.tell()
         try:
             self.over |= self.state.obey()
         except KeyboardInterrupt:

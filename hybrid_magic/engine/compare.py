@@ -22,7 +22,7 @@ from ..records import Record, Sink, StartRecord, StepRecord, TrialRecord, TrialS
 from ..run import Run
 from .control import RunControl
 from .device import CpuProbe, DeviceProbe
-from .rewind import PutBack
+from .rewind import PutBack, undone
 from .setup import environment
 
 WARM_STEPS = 3
@@ -82,11 +82,7 @@ def compare(
     finally:
         made.outcome = ended
         gc.unfreeze()
-        try:
-            end()
-        except BaseException:  # an interrupt that came while things were put back: once more
-            end()
-            raise
+        undone(end)
         probe.release()
     return made
 

@@ -162,3 +162,9 @@ def _steps_taken(optimizer: torch.optim.Optimizer) -> int:
         if "step" in state:
             return int(state["step"])
     return 0
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Return 0-dim tensors as one, in float32 unless the loss is float64."""
+    dtype = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
+    return torch.stack([part if part.dtype == dtype else part.to(dtype) for part in parts])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = ("fp32", *DTYPES)
 
 
 class Precision:

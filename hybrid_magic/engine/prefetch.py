@@ -8,6 +8,7 @@ memory overlap, others do not. Knows no loader and draws nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,10 @@ class Mover:
 
     def __init__(self, device: torch.device, *, channels_last: bool = False) -> None:
         self._device, self._channels_last = device, channels_last
+
+    def copying(self) -> AbstractContextManager[Any]:
+        """Return the context in which copies run."""
+        return nullcontext()
 
     def send(self, batch: Any) -> Any:
         """Begin to copy a host batch and return it, for `receive`."""
@@ -42,8 +47,11 @@ class SideStreamMover(Mover):
         super().__init__(device, channels_last=channels_last)
         self._stream = torch.cuda.Stream(device)
 
+    def copying(self) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(self._stream)
+
     def send(self, batch: Any) -> Any:
-        with torch.cuda.stream(self._stream):
+        with self.copying():
             return super().send(batch)
 
     def receive(self, moved: Any) -> Any:

@@ -37,6 +37,15 @@ def beginning(things: Iterable[Any], device: torch.device) -> PutBack:
     return put_back
 
 
+def undone(put_back: PutBack) -> None:
+    """Put back, and once more where an interrupt cuts that short."""
+    try:
+        put_back()
+    except BaseException:
+        put_back()
+        raise
+
+
 def generators_of(loader: Any) -> list[torch.Generator]:
     """Return the generators that a DataLoader draws its order from, each once."""
     found: dict[int, torch.Generator] = {}

@@ -21,8 +21,8 @@ from ..errors import ConfigError, HybridMagicError
 from ..policy import steering
 from ..records import BatchChangeRecord, NoteRecord, StartRecord
 from ..run import Run
+from . import lens, rehearse
 from . import precision as precisions
-from . import rehearse
 from .data import StepData
 from .device import DeviceProbe
 from .gradients import NoiseProbe, family
@@ -171,6 +171,8 @@ def open_state(
     if task.rehearses and not state.sizing.replaying:
         with state.interrupts.interruptible():
             rehearse.size_first_step(ready, state.sizing, first)
+    if (look_away := lens.attach(state, task)) is not None:
+        undo.push(look_away)
     state.run.opening_seconds = time.perf_counter() - began
 
 

@@ -10,7 +10,6 @@ between them. Knows no policy, no loader and no record.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from ..errors import HybridMagicError
 from . import reduction
 from .data import StepData
 from .forward import forward, log, watched_forward
-from .gradients import gradient_norms
+from .gradients import gradient_norms, stacked
 from .step_state import Gathered, StepResult, StepState
 
 
@@ -99,6 +98,8 @@ def begin(state: StepState, data: StepData) -> None:
     """Open a step on `data`: from here on it can be taken back."""
     state.running = max(data.sizes)
     state.transaction.begin(state.steps, state.precision, found=state.adopted)
+    if state.lens is not None:
+        state.lens.begin(state, data)
 
 
 def gather(state: StepState, data: StepData, before: Gathered | None = None) -> Gathered:
@@ -175,6 +176,8 @@ def finish(state: StepState, gathered: Gathered) -> Gathered:
         _unscale(state, gathered)
     if state.adopted:
         state.transaction.join()
+    if state.lens is not None:
+        state.lens.gathered(state)
     grads = [param.grad for param in state.params if param.grad is not None]
     if not grads:
         raise HybridMagicError(
@@ -186,7 +189,7 @@ def finish(state: StepState, gathered: Gathered) -> Gathered:
     if gathered.paired or gathered.apart:
         measured, gathered.noise = _measured(state, gathered)
     gathered.before = None
-    gathered.told = _stack([*gathered.losses, *norms, *measured, *gathered.logged.values()])
+    gathered.told = stacked([*gathered.losses, *norms, *measured, *gathered.logged.values()])
     gathered.values = state.device.fetch(gathered.told)
     if state.adopted:
         gathered.until = state.device.mark()
@@ -264,11 +267,14 @@ def apply(state: StepState, gathered: Gathered, lr_factor: float = 1.0) -> StepR
     state.newest = gathered.sizes, lr_factor
     state.steps, state.samples = state.steps + 1, state.samples + sum(gathered.sizes)  # it is whole
     state.transaction.close()
-    return StepResult(
+    result = StepResult(
         gathered.sizes, lr, lr_factor, values, gathered.weights, len(gathered.norms),
         gathered.noise, tuple(gathered.logged), skipped, gathered.spans, gathered.ends,
         gathered.peaks,
     )  # fmt: skip
+    if state.lens is not None:
+        state.lens.took(state, result)
+    return result
 
 
 def _clip(state: StepState, gathered: Gathered, most: float) -> None:
@@ -292,9 +298,3 @@ def take_step(optimizer: torch.optim.Optimizer, lr_factor: float = 1.0) -> None:
         if found is not None:
             for group, lr in zip(groups, found, strict=True):
                 group["lr"] = lr
-
-
-def _stack(parts: Sequence[Tensor]) -> Tensor:
-    """Return 0-dim tensors as one, in float32 unless the loss is float64."""
-    dtype = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
-    return torch.stack([part if part.dtype == dtype else part.to(dtype) for part in parts])

@@ -55,6 +55,7 @@ class StepState:
     settle: Callable[[StepState, StepData, Reduction], Reduction] | None = None
     scales: dict[float, Tensor] = field(default_factory=dict)
     adopted: bool = False
+    lens: Any = None  # an open `lens.Lens`, told where a step begins and where it is whole
 
 
 @dataclass(slots=True)

@@ -42,6 +42,7 @@ class Task:
     adopted: bool = False  # the loop is the person's: they move data and clear gradients
     rehearses: bool = True  # the step can be called to try something out
     precision: Precision | None = None  # None: to be chosen
+    loader: Any = None  # the person's
 
 
 def describe(
@@ -92,7 +93,7 @@ def describe(
     device = choose_device(config.device, model)
     pin = device.type == "cuda"
     feed = open_feed(loader, called["loader"], workers=config.workers, pin=pin)
-    task = Task(model, device, feed, step, loss, optimizer, scheduler, val, called)
+    task = Task(model, device, feed, step, loss, optimizer, scheduler, val, called, loader=loader)
     if feed.note:
         task.notes.append(feed.note)
     return task

@@ -30,6 +30,7 @@ from .setup import environment, make_optimizer, open_state, replayed, settings_f
 from .step_state import Compute
 from .task import Task, describe
 from .undo import Undo
+from .watch import Watch
 
 
 def train(
@@ -128,9 +129,12 @@ def _train(
                 limits = settings_for(task, config, probe, optimizer)
                 state = TrainState(run, sink, control, interrupts, config, probe, limits, replay)
                 stream, first = _first_step(task, state)
+            watch = Watch(state)
+            undo.push(watch.end)
             prepare(undo, model, optimizer, task.criterion, probe.device)
             open_state(task, config, probe, optimizer, state, first, undo, lambda: undo.error)
-            _loop(task, state, itertools.chain([first], stream))
+            watch.begin()
+            _loop(task, state, watch, itertools.chain([first], stream))
             state.finish(task.val)
         finally:
             interrupts.ending = True
@@ -161,7 +165,7 @@ def _first_step(task: Task, state: TrainState) -> tuple[Iterator[StepData], Step
     return stream, first
 
 
-def _loop(task: Task, state: TrainState, stream: Iterator[StepData]) -> None:
+def _loop(task: Task, state: TrainState, watch: Watch, stream: Iterator[StepData]) -> None:
     """Train epoch after epoch until an end is reached."""
     mover = state.step_state.mover if task.feed.drawn_apart else None
     for epoch in itertools.count():
@@ -177,6 +181,8 @@ def _loop(task: Task, state: TrainState, stream: Iterator[StepData]) -> None:
             peaks = state.measures_peaks(data)
             result, retries = whole_step(state.step_state, state.sizing, data, measure_peaks=peaks)
             state.took(result, retries, waited, time.perf_counter() - start)
+            if watch.readings:
+                watch.tell()
             if state.obey():
                 return
         if state.in_epoch == 0:

@@ -40,8 +40,8 @@ def ablation_of(
     own = {name: value for name, value in read.options.items() if name not in _OURS}
     line = arguments.Line(read.model, read.loader, own)
     if form_of(shell, cell, line) is not None:
-        subject = _Cell(shell, cell, line, loops, config.log or ())
-        made = compare(subject, config, probe_for(_device()), view, view.control)
+        subject = CellLoop(shell, cell, line, loops, config.log or ())
+        made = compare(subject, config, probe_for(device_here()), view, view.control)
         if subject.kept is not None and not config.restore:
             view.after = subject.kept.show
         return made
@@ -49,7 +49,7 @@ def ablation_of(
     return taken.hand_to(ablate, step, read, view)
 
 
-class _Cell:
+class CellLoop:
     """A cell that holds its loop; what it prints is kept, that of the hybrid for the end."""
 
     def __init__(
@@ -107,7 +107,7 @@ class _Cell:
         names = {name: value for name, value in namespace.items() if not name.startswith("_")}
         held = [(value, value.copy()) for value in _containers(names.values())]
         things = list(_things(names.values()))
-        put_back_things = beginning(things, _device())
+        put_back_things = beginning(things, device_here())
 
         def put_back() -> None:
             for name in [name for name in namespace if not name.startswith("_")]:
@@ -141,7 +141,7 @@ class _Unseen:
         """Show nothing."""
 
 
-def _device() -> torch.device:
+def device_here() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ..config import AblateConfig, TrainConfig, flag_of
+from ..config import AblateConfig, ProfileConfig, TrainConfig, flag_of
 from ..errors import ConfigError
 
 EXPLAIN = "--explain"
@@ -51,6 +51,15 @@ ABLATE = Magic(
         "in `accuracy`, `acc` or a --log name. Variants: hybrid is everything; else words joined",
         "by +: fp32 strict FP32, tf32 as PyTorch ships, mp mixed precision, ga accumulation,",
         "abs adaptive batch.",
+    ),
+)
+PROFILE = Magic(
+    "hybrid_profile",
+    ProfileConfig,
+    (
+        "Take a few training steps, show where their time and memory go and what is most worth",
+        "doing about it, and put everything back as it was. The steps are those of %%hybrid_train",
+        "with the loader's own batch; options that say how long a run is are passed over.",
     ),
 )
 

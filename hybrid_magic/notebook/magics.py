@@ -17,15 +17,16 @@ from IPython.core.error import UsageError
 from .. import ablation as ablations
 from .. import run as runs
 from ..errors import HybridMagicError
-from . import arguments, free
+from . import arguments, device_page, free
 
 if TYPE_CHECKING:
     from ..config import TrainConfig
     from .adopted import Loops
     from .cell import Cell
 
-MAGICS = ("hybrid_train", "hybrid_ablate", "hybrid_free")
+MAGICS = ("hybrid_train", "hybrid_ablate", "hybrid_profile", "hybrid_free", "hybrid_device")
 _KEPT = "the open run was undone; hm.last_ablation holds what was done"
+_PUT_BACK = "everything was put back as it was"
 _ENDED = "the run ended at a whole step; hm.last_run holds it"
 _PACKAGE = os.path.join(pathlib.Path(__file__).parent.parent, "")
 
@@ -43,14 +44,19 @@ Interrupted.__name__ = Interrupted.__qualname__ = "KeyboardInterrupt"  # what fr
 def register(shell: Any) -> None:
     """Register the magics and their completions with an InteractiveShell."""
 
-    for magic, run in ((arguments.TRAIN, train), (arguments.ABLATE, ablate)):
+    training = (arguments.TRAIN, train), (arguments.ABLATE, ablate), (arguments.PROFILE, profile)
+    for magic, run in training:
         _register_training(shell, magic, run)
 
     def hybrid_free(line: str) -> None:
         free.free(shell, line)
 
-    hybrid_free.__doc__ = free.HELP
-    shell.register_magic_function(hybrid_free, "line")
+    def hybrid_device(line: str) -> None:
+        device_page.show(shell, line)
+
+    for magic, module in ((hybrid_free, free), (hybrid_device, device_page)):
+        magic.__doc__ = module.HELP
+        shell.register_magic_function(magic, "line")
 
     if _empty_cell_as_line not in shell.input_transformers_cleanup:
         shell.input_transformers_cleanup.append(_empty_cell_as_line)
@@ -120,6 +126,29 @@ def ablate(shell: Any, line: str, cell: str | None) -> Any:
         lambda _: view.close(newest()),
         config.o,
         newest,
+        _KEPT,
+    )
+    return None
+
+
+def profile(shell: Any, line: str, cell: str | None) -> Any:
+    """Run `%%hybrid_profile`: read the line, look at a few steps of what the cell trains."""
+    __tracebackhide__ = True
+    from .loopform import explained
+    from .profiling import ProfileView, profile_of
+
+    explain, read, config, text = _read(shell, arguments.PROFILE, line, cell)
+    if explain:
+        return explained(shell, text)
+    view, loops = ProfileView(shell, plain=config.plain), _loops(shell)
+    made: list[Any] = []
+    _trained(
+        shell,
+        lambda: made.append(profile_of(shell, read, config, text, loops, view)),
+        lambda _: view.close(made[0] if made else None),
+        config.o,
+        lambda: made[0] if made else None,
+        _PUT_BACK,
     )
     return None
 
@@ -167,9 +196,10 @@ def _trained(
     close: Callable[[BaseException | None], object],
     name: str | None,
     newest: Callable[[], Any] | None = None,
+    kept: str = _ENDED,
 ) -> Any:
     """Return what `work` returns; whatever ends it, `close` it and put its result into `name`: what
-    `newest` returns, else the Run."""
+    `newest` returns, else the Run. An interrupt says what was `kept`."""
     __tracebackhide__ = True
     before = runs.last_run
     ended: BaseException | None = None
@@ -195,8 +225,8 @@ def _trained(
     if mistake is not None:
         raise UsageError(mistake)
     if interrupted:
-        ended_at = _ENDED if newest is None else _KEPT
-        raise Interrupted(ended_at if made is not None else "nothing had been trained")
+        nothing = made is None and kept is not _PUT_BACK
+        raise Interrupted("nothing had been trained" if nothing else kept)
     return result
 
 

@@ -14,6 +14,7 @@ from ..records import (
     Record,
     StartRecord,
     StepRecord,
+    TelemetryRecord,
     ValidationRecord,
 )
 from ..report import quantities as q
@@ -47,6 +48,8 @@ class Scene:
                 self.validation = record
             case NoteRecord():
                 self.notes.append(record.text)
+            case TelemetryRecord():
+                self.trace.device_holds(record.gpu_used_bytes)
 
     def take_steps(self, records: Sequence[StepRecord]) -> None:
         if records:

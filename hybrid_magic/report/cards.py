@@ -145,16 +145,22 @@ def _memory_card(frame: _Frame, buckets: Sequence[Bucket], start: StartRecord) -
     reserved = _level([(b.step, b.reserved_bytes) for b in buckets], buckets[-1].step)
     if not allocated and not reserved:
         return _card("Memory", "no reading", "", ())
+    whole = _level([(b.step, b.device_used_bytes) for b in buckets], buckets[-1].step)
     budget = start.memory_budget_bytes
     high = max(y for _, y in allocated + reserved) * 1.1
+    if whole and max(y for _, y in whole) > 3 * high:  # others hold more than could be shown beside
+        whole = []
+    high = max([high, *(1.05 * y for _, y in whole)])
     key = [(BLUE, "allocated")] * bool(allocated) + [(ORANGE, "reserved")] * bool(reserved)
+    key += [(PURPLE, "whole device")] * bool(whole)
     limit = ""
     if budget is not None and budget <= 3 * high:
         high = max(high, 1.05 * budget)
         level = [(buckets[0].step, float(budget)), (buckets[-1].step, float(budget))]
         limit = frame.line(level, 0, high, VERMILLION, 'stroke-dasharray="4 3"')
         key.append((VERMILLION, "budget"))
-    drawing = frame.line(reserved, 0, high, ORANGE) + frame.line(allocated, 0, high, BLUE) + limit
+    curves = ((whole, PURPLE), (reserved, ORANGE), (allocated, BLUE))
+    drawing = "".join(frame.line(points, 0, high, colour) for points, colour in curves) + limit
     now = q.size((allocated or reserved)[-1][1])
     return _card("Memory", now, drawing, key, f" of {q.size(budget)}" if budget else "")
 

@@ -20,7 +20,7 @@ from .tables import WIDTH
 
 WORDS = ("variant", "precision")
 HEADS = (*WORDS, "training time", "peak memory", "accuracy", "speedup")
-MINUS, PLUS_MINUS, DELTA = "\N{MINUS SIGN}", "\N{PLUS-MINUS SIGN}", "\N{GREEK CAPITAL LETTER DELTA}"
+MINUS, PLUS_MINUS, DELTA = "\N{MINUS SIGN}", q.PLUS_MINUS, "\N{GREEK CAPITAL LETTER DELTA}"
 
 
 def heads() -> list[str]:

@@ -98,16 +98,27 @@ def _memory(axes: Axes, run: Run) -> None:
     if not highest:
         _nothing(axes, "Memory", "no reading on this device")
         return
+    whole = series.finite_points(run.telemetry, lambda record: record.gpu_used_bytes)
     power, unit = (30, "GiB") if highest >= 1 << 30 else (20, "MiB")
     axes.set_ylabel(f"peak memory ({unit})")
-    for points, colour, name in ((reserved, ORANGE, "reserved"), (allocated, BLUE, "allocated")):
+    top, above = highest, []
+    fullest = max((value for _, value in whole), default=0.0)
+    if fullest > 2.5 * highest:  # others hold more than could be shown beside
+        above.append(f"whole device {q.size(fullest)}")
+        whole = []
+    curves = (
+        (whole, PURPLE, "whole device"),
+        (reserved, ORANGE, "reserved"),
+        (allocated, BLUE, "allocated"),
+    )
+    for points, colour, name in curves:
         if points:
             scaled = [(x, y / (1 << power)) for x, y in series.thinned(points)]
             _curve(axes, scaled, color=colour, label=name, drawstyle="steps-post")
-    top, above = highest, []
+        top = max([top, *(value for _, value in points)])
     start = run.start
     budget, device = (start.memory_budget_bytes, start.device_bytes) if start else (None, None)
-    limits = ((budget, "budget", VERMILLION, "--"), (device, "device", INK, ":"))
+    limits = ((budget, "budget", VERMILLION, "--"), (device, "capacity", INK, ":"))
     for limit, name, colour, dashes in limits:
         if limit is None:
             continue
@@ -119,18 +130,20 @@ def _memory(axes: Axes, run: Run) -> None:
         else:
             above.append(f"{name} {q.size(limit)}")
     if above:
+        said = ", ".join(above) if len(above) < 3 else f"{above[0]},\n   {', '.join(above[1:])}"
         axes.text(
             0.02,
             0.97,
-            "↑ " + ", ".join(above),
+            f"↑ {said}",
             transform=axes.transAxes,
             va="top",
             fontsize=10.5,
         )
-    axes.set_ylim(0, top * 1.22 / (1 << power))
+    axes.set_ylim(0, top * (1.22 if len(above) < 3 else 1.32) / (1 << power))
     title = f"Memory {q.size(highest)}"
     axes.set_title(title + (f", {q.share(highest / budget)} of budget" if budget else ""))
-    axes.legend(loc="lower right", ncol=2)
+    tight = {"columnspacing": 0.8, "handlelength": 1.2, "handletextpad": 0.5}
+    axes.legend(loc="lower right", ncol=3, **tight)
 
 
 def _sizes(axes: Axes, run: Run) -> None:

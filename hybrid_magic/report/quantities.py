@@ -9,11 +9,12 @@ import math
 import re
 
 UNKNOWN = "unknown"
-TIMES = "\N{MULTIPLICATION SIGN}"
+TIMES, PLUS_MINUS = "\N{MULTIPLICATION SIGN}", "\N{PLUS-MINUS SIGN}"
 
 
 _BEFORE_UNIT = re.compile(
-    r"(?<=\d) (?=(?:%|(?:[KMG]i)?B|ms|s|min|h|steps?|samples(?:/s)?|times)(?!\w))"
+    r"(?<=\d) (?=(?:%|(?:[KMG]i)?B|[kMGTP]?FLOP(?:/s)?|[mµ]?s|min|h|steps?|samples(?:/s)?|times)"
+    r"(?!\w))"
 )
 
 
@@ -71,6 +72,18 @@ def seconds(number: float) -> str:
     return duration(number) if number >= 59.95 else f"{value(number)} s"
 
 
+def brief(seconds: float | None, spread: float | None = None) -> str:
+    """Return a part of a step to three digits, with its spread: 45.2 µs, 3.21 ms, 210 ± 3.1 ms."""
+    if seconds is None or seconds >= 59.95:
+        return duration(seconds)
+    larger = max(seconds, spread or 0.0)
+    power, unit = 1e6, "µs"
+    if larger >= 0.9995e-3:
+        power, unit = (1.0, "s") if larger >= 0.9995 else (1e3, "ms")
+    beside = "" if spread is None else f" {PLUS_MINUS} {value(spread * power, 2)}"
+    return f"{value(seconds * power)}{beside} {unit}" if seconds else "0 s"
+
+
 def calm(number: float) -> str:
     """Return a time that passes in whole seconds, so that it does not flicker."""
     return f"{number:.0f} s" if number < 59.5 else duration(number)
@@ -82,6 +95,21 @@ def rate(samples_per_second: float | None) -> str:
         return UNKNOWN
     words = count(samples_per_second) if samples_per_second >= 100 else value(samples_per_second)
     return f"{words} samples/s"
+
+
+def flops(number: float | None) -> str:
+    """Return an amount of floating-point operations: 3.92 GFLOP."""
+    if number is None:
+        return UNKNOWN
+    for least, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= least:
+            return f"{value(number / least)} {letter}FLOP"
+    return f"{count(number)} FLOP"
+
+
+def flops_rate(flops_per_s: float | None) -> str:
+    """Return a speed of arithmetic: 12.1 TFLOP/s."""
+    return UNKNOWN if flops_per_s is None else f"{flops(flops_per_s)}/s"
 
 
 def share(ratio: float) -> str:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from ..records import StepRecord
+from ..records import StepRecord, TelemetryRecord
 from ..run import Run
 
 Point = tuple[float, float]
+_Stepped = TypeVar("_Stepped", StepRecord, TelemetryRecord)  # a record that tells its step
 
 STAGES = ("data", "forward", "backward", "optimizer")
 MOST_POINTS = 600  # per curve; more cannot be told apart at the figure's width
@@ -20,7 +21,7 @@ MOST_BARS = 60
 
 
 def finite_points(
-    history: Sequence[StepRecord], read: Callable[[StepRecord], float | None]
+    history: Sequence[_Stepped], read: Callable[[_Stepped], float | None]
 ) -> list[Point]:
     """Return (step, reading) of every record whose reading is a finite number."""
     read_all = ((record.step, read(record)) for record in history)

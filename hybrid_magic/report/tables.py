@@ -39,6 +39,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("peak memory", _memory(run)),
         ("loss", _loss(run)),
     ]
+    if run.energy_j is not None:
+        rows.append(("energy", _energy(run, run.energy_j)))
     if len(run.history):
         rows.append(("batch", _batches(run)))
     if run.skipped_steps:
@@ -202,6 +204,23 @@ def _memory(run: Run) -> str:
     if run.start is not None and run.start.memory_budget_bytes:
         said += f", of a budget of {q.size(run.start.memory_budget_bytes)}"
     return said
+
+
+def _energy(run: Run, joules: float) -> str:
+    said = f"{_joules(joules)} drawn by the whole GPU"
+    if joules >= 360:
+        said += f" ({q.value(joules / 3600)} Wh)"
+    if run.energy_j_per_1000_samples is not None:
+        said += f", {_joules(run.energy_j_per_1000_samples)} per 1,000 samples"
+    seconds = run.telemetry[-1].at_s
+    return f"{said}; {q.value(joules / seconds)} W on average" if seconds > 0 else said
+
+
+def _joules(number: float) -> str:
+    for least, unit in ((1e6, "MJ"), (1e3, "kJ")):
+        if number >= least:
+            return f"{q.value(number / least)} {unit}"
+    return f"{q.value(number)} J"
 
 
 def _loss(run: Run) -> str:

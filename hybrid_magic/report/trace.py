@@ -27,6 +27,7 @@ class Bucket:
     microbatch_size: int = 0
     allocated_bytes: int | None = None
     reserved_bytes: int | None = None
+    device_used_bytes: int | None = None
     stage_sums_s: list[float] = field(default_factory=lambda: [0.0] * 4)
     timed: int = 0
     step_sum_s: float = 0.0
@@ -69,6 +70,7 @@ class Bucket:
         self.microbatch_size = max(self.microbatch_size, later.microbatch_size)
         self.allocated_bytes = _larger(self.allocated_bytes, later.allocated_bytes)
         self.reserved_bytes = _larger(self.reserved_bytes, later.reserved_bytes)
+        self.device_used_bytes = _larger(self.device_used_bytes, later.device_used_bytes)
         self.stage_sums_s = [
             a + b for a, b in zip(self.stage_sums_s, later.stage_sums_s, strict=True)
         ]
@@ -83,6 +85,7 @@ class Trace:
         self._limit = limit
         self.stride = 1
         self.buckets: list[Bucket] = []
+        self._device_used_bytes: int | None = None  # of readings that no bucket holds yet
 
     def extend(self, records: Iterable[StepRecord]) -> None:
         for record in records:
@@ -91,6 +94,14 @@ class Trace:
                     self._halve()
                 self.buckets.append(Bucket(record.step))
             self.buckets[-1].add(record)
+        if self.buckets and self._device_used_bytes is not None:
+            newest = self.buckets[-1]
+            newest.device_used_bytes = _larger(newest.device_used_bytes, self._device_used_bytes)
+            self._device_used_bytes = None
+
+    def device_holds(self, used_bytes: int | None) -> None:
+        """Note a reading of the whole device, for the newest steps that come with `extend`."""
+        self._device_used_bytes = _larger(self._device_used_bytes, used_bytes)
 
     def _halve(self) -> None:
         for early, late in zip(self.buckets[::2], self.buckets[1::2], strict=True):

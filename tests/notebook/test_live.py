@@ -12,7 +12,8 @@ from fake_training import FakeTraining, finished_run, start_record, step_record
 from kernel_client import parent, printed
 
 from hybrid_magic.notebook import live
-from hybrid_magic.records import NoteRecord
+from hybrid_magic.notebook.scene import Scene
+from hybrid_magic.records import NoteRecord, TelemetryRecord
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 IMPORT = "from fake_training import train_under_view"
@@ -41,6 +42,13 @@ def test_closing_twice_shows_the_result_once(capsys):
     view.close(run)
     view.close(run)
     assert capsys.readouterr().out.count("outcome") == 1
+
+
+def test_what_the_whole_device_holds_reaches_the_plots_with_the_steps_that_follow():
+    scene = Scene(start_record(), 0.0)
+    scene.take(TelemetryRecord(0, 0.1, gpu_used_bytes=7))
+    scene.take_steps([step_record(1), step_record(2)])
+    assert [bucket.device_used_bytes for bucket in scene.trace.buckets] == [None, 7]
 
 
 def test_a_step_costs_next_to_nothing_while_nothing_is_due():

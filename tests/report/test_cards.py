@@ -8,7 +8,7 @@ import pytest
 from fake_training import start_record, step_record
 
 from hybrid_magic.records import BatchChangeRecord
-from hybrid_magic.report.cards import cards
+from hybrid_magic.report.cards import HEIGHT, cards
 from hybrid_magic.report.trace import Trace
 
 
@@ -83,6 +83,32 @@ def test_a_memory_that_is_read_now_and_then_is_drawn_to_the_edge():
     assert [line.get("points").split()[-1].split(",")[0] for line in card.iter("polyline")] == (
         ["300"] * 3
     )
+
+
+@pytest.mark.parametrize(("used_gib", "shown"), [(8, True), (60, False)])
+def test_what_the_whole_device_holds_is_drawn_where_it_fits_beside_the_rest(used_gib, shown):
+    trace = trace_of([step_record(1)])
+    trace.device_holds(used_gib << 30)
+    trace.device_holds(None)
+    trace.extend([step_record(2)])
+    card = parsed(cards(trace, start_record(), []))[1]
+    said = "".join(card.itertext())
+    assert ("whole device" in said) == shown
+    assert len(list(card.iter("polyline"))) == 3 + shown  # allocated, reserved, budget
+    heights = [
+        float(point.split(",")[1])
+        for line in card.iter("polyline")
+        for point in line.get("points").split()
+    ]
+    assert all(0 <= height <= HEIGHT for height in heights)
+
+
+def test_the_highest_reading_of_the_device_survives_the_merging():
+    trace = Trace(limit=4)
+    for step in range(1, 100):
+        trace.device_holds(9 << 30 if step == 50 else 1 << 30)
+        trace.extend([step_record(step)])
+    assert max(bucket.device_used_bytes for bucket in trace.buckets) == 9 << 30
 
 
 def test_a_micro_batch_as_large_as_the_batch_is_seen_beside_it():

@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from fake_training import FakeTraining, finished_run, start_record, step_record
+from fake_training import GIB, FakeTraining, finished_run, start_record, step_record
 
-from hybrid_magic.records import BatchChangeRecord, StepRecord
+from hybrid_magic.records import BatchChangeRecord, StepRecord, TelemetryRecord
 from hybrid_magic.report import page, plots, series
 from hybrid_magic.run import Run
 
@@ -103,6 +103,52 @@ def test_an_unknown_memory_is_said_and_not_drawn_as_zero():
     axes = plots.figure(RUNS["nothing known"]).axes[1]
     assert [text.get_text() for text in axes.texts] == ["no reading on this device"]
     assert not axes.lines
+
+
+def watched(used_gib, budget_gib=13.2):
+    """Return a run of 4.4 GiB on a device of which so much is taken in all."""
+    budget, device = int(budget_gib * GIB), int(1.1 * budget_gib * GIB)
+    run = finished_run(start=start_record(memory_budget_bytes=budget, device_bytes=device))
+    for step in (1, 60, 120, 180):
+        run.add(TelemetryRecord(step, step / 60, gpu_used_bytes=int(used_gib * GIB)))
+    return run
+
+
+def test_what_the_whole_device_holds_is_drawn_over_what_the_run_does():
+    axes = plots.figure(watched(6.0)).axes[1]
+    whole = next(line for line in axes.lines if line.get_label() == "whole device")
+    assert list(whole.get_xdata()) == [1, 60, 120, 180]
+    assert list(whole.get_ydata()) == pytest.approx([6.0] * 4)
+    assert axes.get_ylim()[1] > 6.0
+    assert axes.get_title(loc="left") == "Memory 4.4 GiB, 33 % of budget"  # the run's own
+
+
+def test_what_others_hold_beyond_the_plot_is_said_instead():
+    axes = plots.figure(watched(60.0, budget_gib=125)).axes[1]
+    assert [line.get_label() for line in axes.lines] == ["reserved", "allocated"]
+    (said,) = (text.get_text() for text in axes.texts)
+    assert said.startswith("↑ whole device 60.0 GiB,\n")
+    assert axes.get_ylim()[1] < 6
+
+
+@pytest.mark.parametrize(
+    ("used_gib", "budget_gib"), [(6.0, 13.2), (10.5, 9.8), (60.0, 125.0), (4.5, 1250.0)]
+)
+def test_nothing_that_is_said_of_memory_collides_or_leaves_the_plot(used_gib, budget_gib):
+    sheet = plots.figure(watched(used_gib, budget_gib))
+    plots.png(sheet)
+    axes = sheet.axes[1]
+    frame, legend = axes.get_window_extent(), axes.get_legend().get_window_extent()
+    assert frame.x0 - 2 <= legend.x0
+    assert legend.x1 <= frame.x1 + 2
+    curves = [line for line in axes.lines if line.get_label() in ("reserved", "allocated")]
+    lowest = min(min(line.get_ydata()) for line in curves)
+    assert legend.y1 <= axes.transData.transform((1, lowest))[1]
+    highest = max(max(line.get_ydata()) for line in axes.lines)
+    for text in axes.texts:
+        box = text.get_window_extent()
+        assert box.x1 <= frame.x1 + 2
+        assert box.y0 >= axes.transData.transform((1, highest))[1] + 4
 
 
 def drawn(sheet):

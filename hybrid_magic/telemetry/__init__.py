@@ -1,0 +1,1 @@
+"""What the machine does beside the training: GPU gauges and host memory, read off the loop."""
