@@ -86,8 +86,8 @@ def take(seconds: float, rounds: int) -> list[Row]:
 
     Telemetry._watch = clocked  # type: ignore[method-assign]
     try:
-        turn("telemetry", 100, threads_s)
-        steps = round(400 * seconds / turn("telemetry", 400, threads_s)["train_s"])
+        turn("telemetry", 20, threads_s)
+        steps = round(100 * seconds / turn("telemetry", 100, threads_s)["train_s"])
         return [turn(how, steps, threads_s) for _ in range(rounds) for how in ORDER]
     finally:
         Telemetry._watch, watch.watching = found, watching  # type: ignore[method-assign]

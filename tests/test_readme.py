@@ -77,7 +77,7 @@ def test_the_shell_snippets_name_what_exists(command):
 
 def test_every_snippet_says_its_language():
     assert README.count("```") == 2 * len(SNIPPETS)
-    assert {language for language, _ in SNIPPETS} <= {"python", "sh"}
+    assert {language for language, _ in SNIPPETS} <= {"python", "sh", "text"}
 
 
 def test_files_and_pictures_that_it_names_are_there():
@@ -91,9 +91,10 @@ def test_files_and_pictures_that_it_names_are_there():
 def test_options_that_it_names_exist():
     import dataclasses
 
-    from hybrid_magic.config import AblateConfig, flag_of
+    from hybrid_magic.config import AblateConfig, ProfileConfig, flag_of
 
-    known = {flag_of(item) for item in dataclasses.fields(AblateConfig)}
+    fields = (*dataclasses.fields(AblateConfig), *dataclasses.fields(ProfileConfig))
+    known = {flag_of(item) for item in fields}
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README))
     theirs = {"--no-deps", "--smoke", "--explain"}  # of pip, of a benchmark, of the magic alone
     assert named - known == theirs

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from . import nested
 
@@ -72,7 +71,10 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self, device: torch.device, mark: Callable[[], Any]) -> None:
         """Count the memory of `device`; `mark` takes a moment of its time."""
+        from torch.utils.flop_counter import flop_registry  # imports triton: 0.2 s, for few
+
         super().__init__()
+        self._formulas = flop_registry
         self.entries: list[Entry] = []
         self.flops: list[tuple[int, str | None, str, int, bool]] = []
         self.traffic: list[tuple[int, int]] = []
@@ -151,7 +153,7 @@ class Ledger(TorchDispatchMode):
         moved = sum(tensor.numel() * tensor.element_size() for tensor in (*given, *made))
         if not name.startswith("empty"):
             self.traffic.append((self.now, moved))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = self._formulas.get(func._overloadpacket)
         if formula is not None and given:
             count = int(formula(*args, **kwargs, out_val=out))
             precision = NAMES.get(given[-1].dtype, str(given[-1].dtype).removeprefix("torch."))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from plain import Transformer, by_hand, cnn, differences, images, mlp, sentences, vectors
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hybrid_magic as hm
@@ -316,3 +317,80 @@ def test_a_loader_batch_that_does_not_fit_is_a_row_of_the_ablation() -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, GPU)
     assert [row.outcome for row in found.variants] == ["oom", "finished", "finished"]
+
+
+def test_a_profile_tells_the_bytes_that_the_allocator_tells() -> None:
+    """Parameters, optimizer state and input to the byte, the forward peak as in a loop by hand."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 10)).to(GPU)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    data = TensorDataset(torch.randn(4096, 1024), torch.randint(0, 10, (4096,)))
+    loader = DataLoader(data, batch_size=512)
+    profile = hm.profile(model, loader, optimizer=optimizer, precision="fp32", batch="fixed")
+    forward, backward = (
+        next(peak for peak in profile.peaks if peak.stage == stage)
+        for stage in ("forward", "backward")
+    )
+
+    def blocks(*sizes: int) -> int:
+        return sum(-(-size // 512) * 512 for size in sizes)
+
+    weights = blocks(*(4 * param.numel() for param in model.parameters()))
+    assert forward.kinds["parameters"] == weights
+    assert forward.kinds["optimizer state"] == weights
+    assert forward.kinds["input"] == 2 * blocks(512 * 1024 * 4, 512 * 8)  # and the next one's
+
+    for _ in range(2):  # by hand, with what the first step makes
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        x, y = (tensor[:512].to(GPU) for tensor in data.tensors)
+        torch.cuda.reset_peak_memory_stats()
+        loss = F.cross_entropy(model(x), y)
+        at_forward = torch.cuda.max_memory_allocated() - before
+        torch.cuda.reset_peak_memory_stats()
+        loss.backward()
+        at_backward = torch.cuda.max_memory_allocated() - before
+        optimizer.step()
+        optimizer.zero_grad()
+        del loss, x, y
+    ahead = blocks(512 * 1024 * 4, 512 * 8)
+    assert forward.total_bytes - before == pytest.approx(at_forward + ahead, rel=0.01)
+    assert backward.total_bytes - before == pytest.approx(at_backward + ahead, rel=0.01)
+
+
+def test_a_profile_on_a_gpu_has_both_clocks_and_finds_the_line_that_waits(tmp_path: Any) -> None:
+    model = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(8)), nn.Linear(2048, 10)).to(GPU)
+    data = TensorDataset(torch.randn(4096, 2048), torch.randint(0, 10, (4096,)))
+    loader = DataLoader(data, batch_size=1024, pin_memory=True)
+    totals: list[float] = []
+
+    def step(model: Any, batch: Any) -> torch.Tensor:
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        totals.append(loss.item())
+        return loss
+
+    snapshot = tmp_path / "memory.pickle"
+    found = hm.profile(model, loader, step, precision="fp32", snapshot=str(snapshot))
+    assert snapshot.stat().st_size > 1000
+    forward = found.stage("forward")
+    assert forward is not None
+    assert forward.host_seconds is not None
+    assert forward.seconds > 0
+    assert found.stage("copy") is not None
+    assert found.pipeline.pinned
+    assert [read.where for read in found.reads if "totals.append(loss.item())" in read.where]
+    assert found.work is not None
+    assert found.work.peak is not None
+    assert 0 < found.work.achieved_flops_per_s < 1.2 * found.work.peak  # type: ignore[operator]
+    layers = [module.seconds for module in found.modules if module.kind == "Linear"][1:8]
+    assert max(layers) < 2 * min(layers)  # type: ignore[type-var]
+
+
+def test_the_line_over_sizes_tells_the_peak_of_a_larger_batch() -> None:
+    model = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(512, 512), nn.Tanh()))).to(GPU)
+    data = TensorDataset(torch.randn(8192, 512), torch.randn(8192, 512))
+    line = hm.profile(model, DataLoader(data, batch_size=256), precision="fp32").line
+    larger = hm.profile(model, DataLoader(data, batch_size=2048), precision="fp32")
+    assert line is not None
+    told = next(size.peak_bytes for size in larger.sizes if size.samples == 2048)
+    assert line.fixed_bytes + 2048 * line.per_sample_bytes == pytest.approx(told, rel=0.05)

@@ -11,7 +11,7 @@ from hybrid_magic.telemetry.sampling import Telemetry
 
 def test_the_benchmark_of_watching_writes_every_field_and_puts_back_what_it_times(tmp_path, capsys):
     saved, found = tmp_path / "overhead.json", Telemetry._watch
-    overhead.main(["--seconds", "0.2", "--rounds", "1", "--json", str(saved)])
+    overhead.main(["--seconds", "0.1", "--rounds", "1", "--json", str(saved)])
     written = json.loads(saved.read_text())
     rows = {row["measure"]: row for row in written["rows"]}
     assert rows["the same weights, bit by bit"]["met"] is True
