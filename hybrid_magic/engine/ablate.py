@@ -17,6 +17,7 @@ from ..config import AblateConfig
 from ..errors import HybridMagicError
 from ..records import Sink
 from ..run import Run
+from .checks import check_model
 from .compare import compare
 from .control import RunControl
 from .device import probe_for
@@ -100,6 +101,7 @@ class Training:
         return run, seconds, run.metrics[-1] if run.metrics else {}
 
     def beginning(self) -> PutBack:
+        check_model(self.model, (self.names or {}).get("model", "the model"))
         device = next(self.model.parameters()).device
         given = (self.given[name] for name in ("optimizer", "scheduler", "loss"))
         return beginning([self.model, *given, *generators_of(self.loader)], device)

@@ -47,17 +47,19 @@ class Course:
         self.setting: Setting | None = None
         self.lens: Lens | None = None
         self.over = False
-        self.needed = WARM_STEPS + 1
         self._config, self._outer, self._clock = config, outer, clock
         self._began = clock()
         self._tracer: tracing.Tracer | None = None
         self._look: Look | None = None
         self._asked: str | None = None
+        self._pieces: int | None = None  # asked for
         self.stopped = False
         self._plan = self._planned()
 
     def choose(self, look: Look | None) -> str:
         """Return how to look at the next step, after `look` was taken (None: a run begins)."""
+        if look is None and self._pieces is not None:  # a new run has not heard of it
+            self.control.set("accum", self._pieces)
         if look is None or self.over:
             return "pass"
         self.looks.append(look)
@@ -77,8 +79,6 @@ class Course:
         for _ in range(WARM_STEPS - 1):
             yield "pass"
         yield from self._timing()
-        assert self.lens is not None
-        self.setting = setting_of(self.lens)
         yield from self._following()
         yield from self._writing(self.timed)
         if self._config.snapshot is not None:
@@ -87,7 +87,7 @@ class Course:
             tracing.write_snapshot(self._config.snapshot)
             tracing.record_snapshot(False)
         if self._config.trace is not None:
-            on_gpu = self.setting.device_type == "cuda"
+            on_gpu = self.setting is not None and self.setting.device_type == "cuda"
             self._tracer = tracing.Tracer(self._config.trace, device_too=on_gpu)
             for _ in range(tracing.STEPS):
                 yield "trace"
@@ -101,9 +101,12 @@ class Course:
             yield "time"
             assert self._look is not None
             self.timed.append(self._look)
-            enough = self._config.steps is None and len(self.timed) >= 3
-            late = self._clock() - self._began > WHOLE_S / 2
-            if (enough and self._clock() - began > TIMED_S) or (late and not self._config.steps):
+            if self.setting is None and self.lens is not None:
+                self.setting = setting_of(self.lens)
+            if self._config.steps is not None:
+                continue
+            enough = len(self.timed) >= 3 and self._clock() - began > TIMED_S
+            if enough or self._clock() - self._began > WHOLE_S / 2:
                 return
 
     def _following(self) -> Iterator[str]:
@@ -114,6 +117,11 @@ class Course:
             self.followed.append(self._look)
             if self._clock() - began > MODULES_S:
                 return
+
+    @property
+    def late(self) -> bool:
+        """Whether a person should not be kept waiting for more."""
+        return self._clock() - self._began > WHOLE_S
 
     @property
     def found(self) -> dict[str, str]:
@@ -130,9 +138,10 @@ class Course:
         size, small = whole[-1].sizes[0], min(self.cut, key=lambda look: look.sizes[0])
         seconds = min(map(_seconds, whole))
         flat = seconds < FLAT * min(map(_seconds, self._like(small))) * size / small.sizes[0]
-        if not flat or self._clock() - self._began > WHOLE_S or self.stopped:
+        if not flat or self.late or self.stopped:
             return None
-        self.over, self._asked, self._plan = False, None, self._growing(GROWN * size)
+        self.over, self._asked, self._pieces = False, None, None
+        self._plan = self._growing(GROWN * size)
         return GROWN * size
 
     def _like(self, look: Look) -> list[Look]:
@@ -161,13 +170,17 @@ class Course:
                 return
 
     def _cutting(self) -> Iterator[str]:
-        """Cut steps smaller; where that is not done within three steps, it cannot be."""
+        """Cut steps smaller; where that is not done within three steps, and those that the loader's
+        workers have drawn ahead, it cannot be."""
+        loader = self.lens.task.loader if self.lens is not None else None
+        ahead = getattr(loader, "num_workers", 0) * (getattr(loader, "prefetch_factor", 0) or 0)
         for pieces in CUTS:
-            if self._clock() - self._began > WHOLE_S:
+            if self.late:
                 self.notes.append("steps are slow: fewer micro-batch sizes were tried")
                 return
+            self._pieces = pieces
             self.control.set("accum", pieces)
-            for _ in range(3):
+            for _ in range(3 + ahead):
                 yield "pass"
                 assert self._look is not None
                 if len(self._look.sizes) == pieces:

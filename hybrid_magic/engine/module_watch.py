@@ -36,7 +36,7 @@ class ModuleWatch:
         self._open = False
 
     def open(self) -> None:
-        """Begin to watch; a compiled module is watched as a whole."""
+        """Begin to watch; a compiled module is watched as a whole, a scripted one not at all."""
         self._open = True
         waiting = [("", self._model)]
         seen: set[int] = set()
@@ -45,14 +45,20 @@ class ModuleWatch:
             if id(module) in seen:
                 continue
             seen.add(id(module))
+            if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+                continue
             self._hook(path, module)
             if not hasattr(module, "_orig_mod"):
                 children = module.named_children()
-                waiting += [(f"{path}.{name}" if path else name, child) for name, child in children]
+                found = [(f"{path}.{name}" if path else name, child) for name, child in children]
+                waiting += reversed(found)  # the first path of a module that has several
 
     def _hook(self, path: str, module: nn.Module) -> None:
         before = module.register_forward_pre_hook(lambda *_: self._enter(path), prepend=True)
-        after = module.register_forward_hook(lambda *found: self._leave(path, found[2]))
+        after = module.register_forward_hook(
+            lambda *found: self._leave(path, found[2]),
+            always_call=True,  # a checkpoint ends its second forward pass early, by an error
+        )
         self._handles += [before, after]
 
     def close(self) -> None:

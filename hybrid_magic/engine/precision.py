@@ -13,6 +13,12 @@ import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = ("fp32", *DTYPES)
+_REFUSALS = (
+    "unsafe to autocast",
+    "expected scalar type Float but found",
+    "not implemented for 'BFloat16'",
+    "not implemented for 'Half'",
+)
 
 
 class Precision:
@@ -34,8 +40,9 @@ class Precision:
 
 
 def refuses_autocast(error: BaseException) -> bool:
-    """Return whether a loss (BCELoss) said that it must not be computed under autocast."""
-    return isinstance(error, RuntimeError) and "unsafe to autocast" in str(error)
+    """Return whether a loss (BCELoss) said that it must not be computed under autocast, or an
+    operation (of sparse matrices) that it cannot be in a reduced precision."""
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _REFUSALS)
 
 
 def native(device: torch.device) -> tuple[str | None, str]:

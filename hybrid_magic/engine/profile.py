@@ -26,7 +26,7 @@ from . import tracing
 from .ablate import Training
 from .compare import Subject
 from .control import RunControl
-from .course import Course
+from .course import WARM_STEPS, Course
 from .device import DeviceProbe, probe_for
 from .lens import Lens
 from .placement import choose_device
@@ -113,23 +113,21 @@ def examine(
     course.lens = lens = Lens(course.choose, course.trace)
     try:
         with lens, contextlib.closing(course):
-            for _ in range(_MOST_RUNS):
+            before = -1
+            while before < len(course.looks) and not (course.over or course.stopped or course.late):
+                if before >= 0:
+                    put_back()  # a loop that ended before enough was seen: once more
                 before = len(course.looks)
-                subject.train(options, take, course.control)
-                if course.over or course.stopped or len(course.looks) == before:
-                    break
-                put_back()  # a loop that ended before enough was seen: once more
-                options |= course.found
+                subject.train(options | course.found, take, course.control)
             if (size := course.grow()) is not None:
                 put_back()
+                kept = list(notes)
                 with contextlib.suppress(OutOfMemoryError):
-                    grown = {"batch": size, "micro": size, "accum": "auto", **course.found}
-                    subject.train(options | grown, take, course.control)
+                    grown = {"batch": size, "micro": size, "accum": "auto"}
+                    subject.train(options | grown | course.found, take, course.control)
+                notes[:] = kept
         if not course.timed:
-            raise HybridMagicError(
-                f"the training ended after {len(course.looks)} steps; wanted at least "
-                f"{course.needed} to be looked at; profile it on more data"
-            )
+            raise _nothing_seen(course)
         put_back()
         alone = _loader_speed(lens.task.loader)
         made = assembled(course, lens, records, config, alone)
@@ -145,7 +143,17 @@ def examine(
     return made
 
 
-_MOST_RUNS = 8
+def _nothing_seen(course: Course) -> HybridMagicError:
+    steps = len(course.looks)
+    if course.stopped:
+        return HybridMagicError(
+            f"the profile was stopped after {steps} steps, before one was measured; wanted a few "
+            "seconds; run it again"
+        )
+    return HybridMagicError(
+        f"the training ended after {steps} steps, and begins with others each time; wanted "
+        f"{WARM_STEPS + 1} to be looked at; profile it on more data"
+    )
 
 
 def _options(config: ProfileConfig) -> dict[str, Any]:

@@ -209,7 +209,7 @@ def _losses(state: StepState, batches: Sequence[Any]) -> list[float] | None:
             state.model.eval()
             return [float(forward(state, _copy(state, batch))[0]) for batch in batches]
     except Exception as error:
-        if not state.adopted or is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         return None  # their code may want gradients here, or train nothing in eval mode
     finally:

@@ -7,7 +7,7 @@ training.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -80,31 +80,34 @@ def _ignore(_: object) -> None:
 
 def _module(model: nn.Module) -> PutBack:
     put_attributes_back = attributes(model)
+    own = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     places: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (place, dict(place))
-        for module in model.modules()
-        for place in (module._parameters, module._buffers)
+        (place, dict(place)) for module in own for place in (module._parameters, module._buffers)
     ]
-    tensors = {id(tensor): tensor for tensor in _tensors(place for place, _ in places)}
-    held = [(tensor, _on_host(tensor), tensor.requires_grad) for tensor in tensors.values()]
+    filled = [
+        (value, value.copy())
+        for module in own
+        for value in vars(module).values()
+        if type(value) in (list, dict, set)
+    ]
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    held = [(t, _on_host(t), t.requires_grad, t.grad) for t in tensors.values()]
 
     def put_back() -> None:
         put_attributes_back()
+        for value, found in filled:
+            value.clear()
+            value.extend(found) if isinstance(value, list) else value.update(found)
         for place, found in places:
             place.clear()
             place.update(found)
         with torch.no_grad():
-            for tensor, kept, trained in held:
+            for tensor, kept, trained, grad in held:
                 tensor.detach().copy_(kept)
                 tensor.requires_grad_(trained)
-                tensor.grad = None
+                tensor.grad = grad
 
     return put_back
-
-
-def _tensors(places: Iterable[dict[str, Any]]) -> Iterator[Tensor]:
-    for place in places:
-        yield from (value for value in place.values() if value is not None)
 
 
 def _on_host(tensor: Tensor) -> Tensor:
