@@ -119,7 +119,7 @@ def read_line(arguments: list[str]) -> argparse.Namespace:
 
 
 def is_table(text: str) -> bool:
-    return text.startswith(("outcome ", "Ablation: "))
+    return text.startswith(("outcome ", "Ablation: ")) or " a step" in text.partition("\n")[0]
 
 
 def keep(notebook: Any, name: str) -> None:

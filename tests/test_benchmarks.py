@@ -33,7 +33,7 @@ def run(program: str, *arguments: str) -> str:
 def test_the_loop_benchmark_writes_every_field_and_finds_the_same_weights(tmp_path):
     saved = tmp_path / "loop.json"
     printed = run(
-        "benchmarks.loop", "--steps", "200", "--blocks", "1", "--work", "1", "--json", str(saved)
+        "benchmarks.loop", "--steps", "100", "--blocks", "1", "--work", "1", "--json", str(saved)
     )
     found = json.loads(saved.read_text())
     assert {"machine", "threads", "python", "torch", "hybrid_magic", "seed", "command"} <= set(
@@ -50,9 +50,10 @@ def test_the_loop_benchmark_writes_every_field_and_finds_the_same_weights(tmp_pa
     assert str(tmp_path) not in printed
 
 
+@pytest.mark.thorough
 def test_the_cell_benchmark_finds_the_same_weights_and_numbers(tmp_path):
     saved = tmp_path / "own_loop.json"
-    shape = ("--steps", "200", "--blocks", "1", "--work", "1")
+    shape = ("--steps", "100", "--blocks", "1", "--work", "1")
     run("benchmarks.own_loop", *shape, "--json", str(saved))
     uncut, cut = json.loads(saved.read_text())["rows"]
     assert [uncut["cell"], cut["cell"]] == ["uncut", "in four micro-batches"]

@@ -37,8 +37,7 @@ MAY_IMPORT = {
     "report": GROUND | {"policy", "run", "ablation", "findings", "profiles"},
     "telemetry": GROUND,
     "adopt": {"errors"},
-    "engine": GROUND
-    | {"policy", "run", "sizes", "ablation", "findings", "profiles", "telemetry"},
+    "engine": GROUND | {"policy", "run", "sizes", "ablation", "findings", "profiles", "telemetry"},
     "launch": GROUND | {"policy", "run", "report", "engine"},
     "notebook": GROUND
     | {"option_values", "policy", "run", "ablation", "profiles", "report"}

@@ -112,7 +112,7 @@ def fits(profile: Profile) -> Table:
 
 
 def sizes(profile: Profile) -> Table:
-    """Return the micro-batches that were tried."""
+    """Return the micro-batches that were tried, where there were several."""
     rows = [
         (
             q.count(size.samples),
@@ -120,7 +120,7 @@ def sizes(profile: Profile) -> Table:
             q.rate(size.samples / size.seconds if size.seconds else None),
             _size(size.peak_bytes),
         )
-        for size in profile.sizes
+        for size in (profile.sizes if len(profile.sizes) > 1 else ())
     ]
     return _table("Micro-batches tried", ("samples", "time", "speed", "peak memory"), rows, words=0)
 

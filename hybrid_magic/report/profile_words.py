@@ -22,7 +22,10 @@ SPENT = {
 
 def headline(profile: Profile) -> str:
     """Return speed, where most of the time goes, and peak memory."""
-    said = f"{q.rate(profile.samples_per_second)}, {q.brief(profile.step_s)} a step"
+    speed = q.rate(profile.samples_per_second)
+    if not _counted(profile):
+        speed = f"{q.value(1 / profile.step_s)} steps/s"
+    said = f"{speed}, {q.brief(profile.step_s)} a step"
     longest = max(profile.stages, key=lambda stage: stage.seconds, default=None)
     if longest is not None:
         share = q.share(longest.seconds / profile.step_s)
@@ -38,12 +41,18 @@ def caption(profile: Profile) -> str:
     cut = f" in micro-batches of {q.count(profile.micro)}" if profile.micro < profile.batch else ""
     words = [
         f"{profile.model} on {profile.device}",
-        f"{_many(profile.steps, 'step')} of {_many(profile.batch, 'sample')}{cut}",
+        _many(profile.steps, "step")
+        + (f" of {_many(profile.batch, 'sample')}{cut}" if _counted(profile) else ""),
         f"{setting.precision} with {setting.optimizer}",
         *(f"{name} {known[name]}" for name in ("torch", "python", "hybrid_magic") if name in known),
         *([f"measured in {q.duration(profile.seconds)}"] if profile.seconds else []),
     ]
     return ", ".join(words)
+
+
+def _counted(profile: Profile) -> bool:
+    """Return whether it is known how many samples a step has: a loop without a loader tells not."""
+    return profile.setting.loader_batch is not None or profile.batch > 1
 
 
 def brings(advice: Advice) -> str:
@@ -62,7 +71,7 @@ def sentences(profile: Profile) -> list[tuple[str, str]]:
     """Return what no table holds: a name and a sentence each."""
     said = [
         ("memory", _memory(profile.line)),
-        ("data", _pipeline(profile.pipeline)),
+        ("data", _pipeline(profile.pipeline) if _counted(profile) else ""),
         ("arithmetic", _arithmetic(profile)),
         *(("note", note) for note in profile.notes),
     ]
@@ -80,12 +89,13 @@ def _pipeline(held: Pipeline) -> str:
     model = f"the model alone does {q.rate(held.model_samples_per_s)}"
     if not held.loader_samples_per_s:
         return f"{model}; the loader was not timed alone"
-    known = [] if held.workers is None else [_many(held.workers, "worker process", "es")]
+    known = [_many(held.workers, "worker process", "es")] if held.workers else []
     known += [_many(held.cores, "core"), _many(held.batches, "batch", "es")]
     slower = "loader" if held.loader_samples_per_s < held.model_samples_per_s else "model"
     said = f"the loader alone gives {q.rate(held.loader_samples_per_s)} ({', '.join(known)})"
     pinned = {None: "", True: "; batches come pinned", False: "; batches do not come pinned"}
-    return f"{said}, {model}: the {slower} is the slower one{pinned[held.pinned]}"
+    turns = "" if held.workers else ", and without worker processes they take turns"
+    return f"{said}, {model}: the {slower} is the slower one{turns}{pinned[held.pinned]}"
 
 
 def _arithmetic(profile: Profile) -> str:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from hybrid_magic.engine import setup as setups
 from hybrid_magic.engine import train as training
+
+
+@pytest.fixture(autouse=True)
+def _little_to_collect() -> Iterator[None]:
+    """What earlier tests left and imported is not gone through again at each fault of this one."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

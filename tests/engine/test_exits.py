@@ -259,11 +259,11 @@ def strikes(name: str, kind: str, every: int) -> int:
 @pytest.mark.parametrize(
     ("name", "kind", "every", "least"),
     [
-        ("adamw", "raised", 6, 200),
-        ("adamw", "sent", 9, 130),
-        ("adamw", "sent twice", 7, 170),
-        ("fp16", "raised", 25, 45),
-        ("fp16", "sent twice", 25, 45),
+        ("adamw", "raised", 12, 100),
+        ("adamw", "sent", 18, 65),
+        ("adamw", "sent twice", 14, 85),
+        ("fp16", "raised", 50, 22),
+        ("fp16", "sent twice", 50, 22),
     ],
 )
 def test_an_interrupt_at_any_line_leaves_a_whole_step(

@@ -149,8 +149,11 @@ def test_the_end_says_what_the_numbers_are_of():
     [
         (
             Pipeline(900.0, 1200.0, 12, 0, 2, False),
-            "the loader alone gives 900 samples/s (no worker processes, 2 cores, 12 batches), ",
-            ": the loader is the slower one; batches do not come pinned",
+            "the loader alone gives 900 samples/s (2 cores, 12 batches), ",
+            (
+                ": the loader is the slower one, and without worker processes they take turns; "
+                "batches do not come pinned"
+            ),
         ),
         (
             Pipeline(1300.0, 1200.0, 1, 1, 1, True),
@@ -204,7 +207,7 @@ def test_a_roofline_of_which_less_is_known_says_less():
 def test_text_and_html_say_the_same(profile: Profile):
     said, shown = profiles.text(profile), profiles.html(profile)
     found = Rows(shown).rows
-    assert len(found) >= 5
+    assert len(found) >= 4
     in_text = set(lines(said))
     tables = profile_rows.stages, profile_rows.kinds, profile_rows.fits, profile_rows.sizes
     for table in (make(profile) for make in (*tables, profile_rows.reads)):

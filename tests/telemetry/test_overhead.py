@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from benchmarks import overhead
 from hybrid_magic.engine import watch
 from hybrid_magic.telemetry.sampling import Telemetry
 
 
+@pytest.mark.thorough
 def test_the_benchmark_of_watching_writes_every_field_and_puts_back_what_it_times(tmp_path, capsys):
     saved, found = tmp_path / "overhead.json", Telemetry._watch
     overhead.main(["--seconds", "0.1", "--rounds", "1", "--json", str(saved)])

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import hybrid_magic as hm
 from hybrid_magic.config import TrainConfig
 from hybrid_magic.engine import watch
-from hybrid_magic.engine.machine import identity
 from hybrid_magic.engine.control import RunControl
+from hybrid_magic.engine.machine import identity
 from hybrid_magic.engine.session import Session
 from hybrid_magic.records import Record, StartRecord, StepRecord, TelemetryRecord
 from hybrid_magic.report import tables
