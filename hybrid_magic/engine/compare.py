@@ -20,7 +20,7 @@ from ..errors import HybridMagicError, OutOfMemoryError
 from ..policy.variants import Variant, variant_of
 from ..records import Record, Sink, StartRecord, StepRecord, TrialRecord, TrialStartRecord
 from ..run import Run
-from .control import RunControl
+from .control import RunControl, hand_on
 from .device import CpuProbe, DeviceProbe
 from .rewind import PutBack, undone
 from .setup import environment
@@ -193,17 +193,8 @@ class _Course:
         self._sink(record)
 
     def poll(self, inner: RunControl) -> None:
-        """Hand what the person asks on to the run: what changes how it trains is not compared."""
-        outer = self._control
-        if outer is None:
-            return
-        if outer.poll is not None:
-            outer.poll()
-        while outer.mail:
-            name, value = outer.mail.popleft()
-            self.stopped |= name == "stop"
-            if name in ("stop", "pause", "resume"):
-                inner.mail.append((name, value))
+        """Hand what the person asks on to the run."""
+        self.stopped |= hand_on(self._control, inner)
 
 
 class _Watch:

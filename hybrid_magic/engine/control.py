@@ -59,3 +59,18 @@ class RunControl:
         if action not in ACTIONS:
             raise ConfigError(f"there is no action {action}; the actions are {', '.join(ACTIONS)}")
         self.mail.append((action, None))
+
+
+def hand_on(outer: RunControl | None, inner: RunControl) -> bool:
+    """Hand what a person asks of a whole on to the run in it: stop, pause and resume; return
+    whether to stop. What would change how it trains is not asked of a run that is compared."""
+    stop = False
+    if outer is not None:
+        if outer.poll is not None:
+            outer.poll()
+        while outer.mail:
+            name, value = outer.mail.popleft()
+            stop |= name == "stop"
+            if name in ("stop", "pause", "resume"):
+                inner.mail.append((name, value))
+    return stop

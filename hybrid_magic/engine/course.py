@@ -15,7 +15,7 @@ from ..config import ProfileConfig
 from ..findings import Setting
 from . import precision as precisions
 from . import tracing
-from .control import RunControl
+from .control import RunControl, hand_on
 from .lens import Lens, Look
 from .setting import setting_of
 
@@ -206,16 +206,7 @@ class Course:
             self._tracer(begins)
 
     def _poll(self) -> None:
-        outer = self._outer
-        if outer is None:
-            return
-        if outer.poll is not None:
-            outer.poll()
-        while outer.mail:
-            name, value = outer.mail.popleft()
-            self.stopped |= name == "stop"
-            if name in ("stop", "pause", "resume"):
-                self.control.mail.append((name, value))
+        self.stopped |= hand_on(self._outer, self.control)
 
     def close(self) -> None:
         """End what is open."""

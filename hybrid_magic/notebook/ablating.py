@@ -37,16 +37,31 @@ def ablation_of(
 ) -> Ablation:
     """Return the ablation of a cell, shown by `view` as it goes on."""
     __tracebackhide__ = True
-    own = {name: value for name, value in read.options.items() if name not in _OURS}
-    line = arguments.Line(read.model, read.loader, own)
-    if form_of(shell, cell, line) is not None:
-        subject = CellLoop(shell, cell, line, loops, config.log or ())
+    subject = loop_of(shell, read, cell, loops, config.log, _OURS)
+    if subject is not None:
         made = compare(subject, config, probe_for(device_here()), view, view.control)
         if subject.kept is not None and not config.restore:
             view.after = subject.kept.show
         return made
     step, taken = capture.step_and_capture(shell, read, cell, config.log or ())
     return taken.hand_to(ablate, step, read, view)
+
+
+def loop_of(
+    shell: Any,
+    read: arguments.Line,
+    cell: Cell,
+    loops: Loops,
+    log: Iterable[str] | None,
+    ours: Iterable[str],
+) -> CellLoop | None:
+    """Return the loop that a cell holds, None where it is a step; `ours` are options that a loop is
+    not refused for."""
+    own = {name: value for name, value in read.options.items() if name not in ours}
+    line = arguments.Line(read.model, read.loader, own)
+    if form_of(shell, cell, line) is None:
+        return None
+    return CellLoop(shell, cell, line, loops, log or ())
 
 
 class CellLoop:

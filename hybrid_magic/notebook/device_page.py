@@ -10,15 +10,13 @@ import dataclasses
 import keyword
 import shlex
 import sys
-import textwrap
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 from IPython.display import display
 
-from ..report import quantities as q
-from ..report.tables import WIDTH
+from ..report.layout import hang, table, unbroken
 from ..telemetry import nvml
 from .device_advice import Gauges, Place, place_here
 from .device_words import Grid, Page, page_of
@@ -132,10 +130,10 @@ def as_dict(machine: Machine, gauges: Gauges, place: Place | None, page: Page) -
 def text(page: Page) -> str:
     """Return the page as text, at most 100 columns wide where its words allow it."""
     width = max(len(name) for name, _ in page.facts)
-    lines = [_hang(f"{name:<{width}}  ", said) for name, said in page.facts]
+    lines = [hang(f"{name:<{width}}  ", said) for name, said in page.facts]
     if page.notes:
         lines += ["", "what you should know"]
-        lines += [_hang("  - ", note) for note in page.notes]
+        lines += [hang("  - ", note) for note in page.notes]
     for grid in page.grids:
         widths = [max(map(len, column)) for column in zip(grid.heads, *grid.rows, strict=True)]
         lines += ["", grid.title]
@@ -150,13 +148,13 @@ def html(page: Page) -> str:
     """Return the page as HTML; every name in it is escaped."""
     left = "text-align: left; vertical-align: top; color: inherit"
     rows = "".join(
-        f'<tr><th scope="row" style="{left}; white-space: nowrap">{_unbroken(name)}</th>'
-        f'<td style="{left}">{_unbroken(said)}</td></tr>'
+        f'<tr><th scope="row" style="{left}; white-space: nowrap">{unbroken(name)}</th>'
+        f'<td style="{left}">{unbroken(said)}</td></tr>'
         for name, said in page.facts
     )
-    parts = [_table("This machine", rows)]
+    parts = [table("This machine", rows)]
     if page.notes:
-        items = "".join(f"<li>{_unbroken(note)}</li>" for note in page.notes)
+        items = "".join(f"<li>{unbroken(note)}</li>" for note in page.notes)
         parts.append(f"<p><b>What you should know</b></p><ul>{items}</ul>")
     return "".join([*parts, *map(_grid, page.grids)])
 
@@ -172,31 +170,8 @@ def _grid(grid: Grid) -> str:
     )
     rows = "".join(
         f'<tr><th scope="row" {left}>{escape(device)}</th>'
-        + "".join(f"<td {cell}>{_unbroken(said)}</td>" for said in rest)
+        + "".join(f"<td {cell}>{unbroken(said)}</td>" for said in rest)
         + "</tr>"
         for device, *rest in grid.rows
     )
-    return _table(grid.title.capitalize(), f"<tr>{heads}</tr>{rows}")
-
-
-def _table(caption: str, rows: str) -> str:
-    return (
-        '<div style="overflow-x: auto"><table style="color: inherit; margin: 0 0 0.8em 0">'
-        '<caption style="text-align: left; white-space: nowrap; color: inherit">'
-        f"<b>{escape(caption)}</b></caption>{rows}</table></div>"
-    )
-
-
-def _unbroken(said: str) -> str:
-    return escape(q.unbroken(said))
-
-
-def _hang(head: str, body: str) -> str:
-    return textwrap.fill(
-        body,
-        width=WIDTH,
-        initial_indent=head,
-        subsequent_indent=" " * len(head),
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
+    return table(grid.title.capitalize(), f"<tr>{heads}</tr>{rows}")

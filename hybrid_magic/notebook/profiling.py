@@ -19,11 +19,10 @@ from ..profiles import Profile
 from ..records import Record, StepRecord
 from ..report import profiles as pages
 from . import arguments, capture
-from .ablating import CellLoop, device_here
+from .ablating import device_here, loop_of
 from .adopted import Loops
 from .cell import Cell
 from .live import running_kernel
-from .loopform import form_of
 from .pump import interrupts_held
 
 EVERY_S = 0.5  # between two redraws
@@ -35,10 +34,8 @@ def profile_of(
 ) -> Profile:
     """Return the profile of a cell, whose progress `view` shows."""
     __tracebackhide__ = True
-    own = {name: value for name, value in read.options.items() if name not in _OURS}
-    line = arguments.Line(read.model, read.loader, own)
-    if form_of(shell, cell, line) is not None:
-        subject = CellLoop(shell, cell, line, loops, config.log or ())
+    subject = loop_of(shell, read, cell, loops, config.log, _OURS)
+    if subject is not None:
         return examine(subject, config, probe_for(device_here()), view, view.control)
     step, taken = capture.step_and_capture(shell, read, cell, config.log or ())
     return taken.hand_to(profile, step, read, view)

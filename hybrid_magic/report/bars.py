@@ -12,7 +12,7 @@ from ..ablation import Ablation, Row
 from . import quantities as q
 from . import verdicts
 from .palette import BLUE, FAINT, INK, SKY, STYLE
-from .sheet import blank
+from .sheet import bare, blank
 from .sheet import png as png
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _bars(
     said: Callable[[float], str],
 ) -> None:
     axes.set_title(title)
-    _bare(axes)
+    bare(axes)
     known = [getattr(trial, name) or 0 for trial in ablation.trials]
     longest = float(max(known, default=0)) or 1.0
     for at, row in enumerate(rows):
@@ -71,7 +71,7 @@ def _bars(
 def _dots(axes: Axes, ablation: Ablation, rows: list[Row]) -> None:
     axes.set_title("Accuracy, %")
     scale = verdicts.points_per_unit(ablation)
-    _bare(axes)
+    bare(axes)
     known = [scale * row.accuracy for row in rows if row.accuracy is not None]
     if not known:
         axes.set_xticks([])
@@ -110,12 +110,6 @@ def _seeds(
 
 def _colour(at: int, row: Row) -> str:
     return FAINT if at == 0 else BLUE if row.name == "hybrid" else SKY
-
-
-def _bare(axes: Axes) -> None:
-    axes.grid(False)
-    axes.spines["bottom"].set_visible(False)
-    axes.tick_params(axis="both", length=0)
 
 
 def _missing(row: Row) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import textwrap
 from html import escape
 from typing import Any
 
@@ -16,7 +15,7 @@ from ..policy.comparison import Estimate
 from ..records import TrialRecord
 from . import bars, page, verdicts
 from . import quantities as q
-from .tables import WIDTH
+from .layout import columns, hang, table, unbroken
 
 WORDS = ("variant", "precision")
 HEADS = (*WORDS, "training time", "peak memory", "accuracy", "speedup")
@@ -113,25 +112,16 @@ def known(ablation: Ablation) -> list[list[str]]:
 def text(ablation: Ablation) -> str:
     """Return the table as text, with what may be said below it."""
     shown = known(ablation) or [[]]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    lines = [f"Ablation: {caption(ablation)}", ""]
-    for row in shown:
-        laid = (
-            cell.ljust(wide) if head in WORDS else cell.rjust(wide)
-            for head, cell, wide in zip(shown[0], row, widths, strict=True)
-        )
-        lines.append("  ".join(laid).rstrip())
-    said = [
-        textwrap.fill(sentence, WIDTH, initial_indent="- ", subsequent_indent="  ")
-        for sentence in (*verdicts.sentences(ablation), *ablation.notes)
-    ]
+    words = sum(head in WORDS for head in shown[0])  # they come first
+    lines = [f"Ablation: {caption(ablation)}", "", *columns(shown, words, indent="")]
+    said = [hang("- ", told) for told in (*verdicts.sentences(ablation), *ablation.notes)]
     return "\n".join([*lines, "", *said] if said else lines)
 
 
 def html(ablation: Ablation) -> str:
     """Return the table as HTML, readable where styles are stripped, with what may be said below."""
     said = "".join(
-        f"<li>{escape(q.unbroken(sentence))}</li>"
+        f"<li>{unbroken(sentence)}</li>"
         for sentence in (*verdicts.sentences(ablation), *ablation.notes)
     )
     return table_html(ablation) + (f"<ul>{said}</ul>" if said else "")
@@ -150,16 +140,12 @@ def table_html(ablation: Ablation) -> str:
     rows = []
     for name, *rest in body:
         said = "".join(
-            f"<td {style}>{escape(q.unbroken(cell))}</td>"
+            f"<td {style}>{unbroken(cell)}</td>"
             for style, cell in zip(styles[1:], rest, strict=True)
         )
         rows.append(f'<tr><th scope="row" {left}>{escape(name)}</th>{said}</tr>')
-    return (
-        '<div style="overflow-x: auto"><table style="color: inherit; margin: 0 0 0.8em 0">'
-        '<caption style="text-align: left; white-space: nowrap; color: inherit">'
-        f"<b>Ablation</b>: {escape(caption(ablation))}</caption>"
-        f"<tr>{heading}</tr>{''.join(rows)}</table></div>"
-    )
+    title = f"Ablation: {caption(ablation)}"
+    return table(title, f"<tr>{heading}</tr>{''.join(rows)}")
 
 
 _TEX = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}"}

@@ -25,6 +25,7 @@ from .palette import (
     VERMILLION,
 )
 from .series import STAGES, Point
+from .sheet import nothing
 from .sheet import png as png
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def _loss(axes: Axes, run: Run) -> None:
     points = series.finite_points(run.history, lambda record: record.loss)
     axes.set_ylabel("loss")
     if not points:
-        _nothing(
+        nothing(
             axes, "Loss", "no finite loss was seen" if len(run.history) else "no step was taken"
         )
         return
@@ -96,7 +97,7 @@ def _memory(axes: Axes, run: Run) -> None:
     reserved = series.finite_points(run.history, lambda record: record.reserved_peak_bytes)
     highest = max((value for _, value in allocated + reserved), default=0.0)
     if not highest:
-        _nothing(axes, "Memory", "no reading on this device")
+        nothing(axes, "Memory", "no reading on this device")
         return
     whole = series.finite_points(run.telemetry, lambda record: record.gpu_used_bytes)
     power, unit = (30, "GiB") if highest >= 1 << 30 else (20, "MiB")
@@ -151,7 +152,7 @@ def _sizes(axes: Axes, run: Run) -> None:
 
     axes.set_ylabel("samples")
     if not len(run.history):
-        _nothing(axes, "Batch sizes", "no step was taken")
+        nothing(axes, "Batch sizes", "no step was taken")
         return
     steps = [record.step for record in run.history]
     whole = series.stairs(steps, [record.global_batch_size for record in run.history])
@@ -226,7 +227,7 @@ def _times(axes: Axes, run: Run) -> None:
     axes.set_ylabel("ms per step")
     bars = series.stage_bars(run.history)
     if not bars:
-        _nothing(axes, "Time per step", "no reading")
+        nothing(axes, "Time per step", "no reading")
         return
     at_steps = [bar.step for bar in bars]
     names = (*STAGES, "other")
@@ -251,12 +252,6 @@ def _times(axes: Axes, run: Run) -> None:
         title += f", {q.share(totals[longest] / sum(totals))} {STAGES[longest]}"
     axes.set_title(title)
     axes.legend(loc="upper left", ncol=3, columnspacing=1.0, handlelength=1.2, handletextpad=0.5)
-
-
-def _nothing(axes: Axes, title: str, why: str) -> None:
-    axes.set_title(title)
-    axes.set_yticks([])
-    axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", va="center")
 
 
 def _curve(axes: Axes, points: Sequence[Point], **how: Any) -> None:

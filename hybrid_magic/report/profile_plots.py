@@ -15,6 +15,7 @@ from . import quantities as q
 from . import sheet
 from .palette import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION
 from .profile_tree import parts
+from .sheet import bare, nothing
 from .sheet import png as png
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def figure(profile: Profile) -> Figure:
 
 def _stages(axes: Axes, profile: Profile) -> None:
     if not profile.stages:
-        _nothing(axes, "Time by stage", "no reading")
+        nothing(axes, "Time by stage", "no reading")
         return
     axes.set_title(f"Time by stage, {q.brief(profile.step_s)}")
     longest = max(max(stage.seconds, stage.host_seconds or 0.0) for stage in profile.stages)
@@ -64,7 +65,7 @@ def _stages(axes: Axes, profile: Profile) -> None:
 def _modules(axes: Axes, profile: Profile) -> None:
     rows = parts(profile.modules, profile.model, MODULES)
     if not rows:
-        _nothing(axes, "Time by module", "no module was timed")
+        nothing(axes, "Time by module", "no module was timed")
         return
     axes.set_title("Time by module")
     longest = max(row.module.seconds or 0.0 for row in rows)
@@ -81,7 +82,7 @@ def _modules(axes: Axes, profile: Profile) -> None:
 def _kinds(axes: Axes, profile: Profile) -> None:
     highest = profile.peak
     if highest is None:
-        _nothing(axes, "Memory by stage", "no reading on this device")
+        nothing(axes, "Memory by stage", "no reading on this device")
         return
     axes.set_title("Memory by stage")
     for at, peak in enumerate(profile.peaks):
@@ -103,7 +104,7 @@ def _sizes(axes: Axes, profile: Profile) -> None:
     tried = [(size.samples, size.peak_bytes) for size in profile.sizes if size.peak_bytes]
     line = profile.line
     if not tried and line is None:
-        _nothing(axes, "Memory by micro-batch", "no reading on this device")
+        nothing(axes, "Memory by micro-batch", "no reading on this device")
         return
     axes.set_title("Memory by micro-batch")
     fits = line.fits if line else ()
@@ -168,12 +169,6 @@ def _limits(axes: Axes, fits: Sequence[Fit]) -> None:
         )  # fmt: skip
 
 
-def _nothing(axes: Axes, title: str, why: str) -> None:
-    axes.set_title(title)
-    axes.set_axis_off()
-    axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", va="center")
-
-
 def _rows(axes: Axes, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), [_cut(name) for name in names])
     axes.set_ylim(max(len(names), 3) - 0.4, -0.6)
@@ -185,9 +180,7 @@ def _cut(name: str) -> str:
 
 
 def _bare(axes: Axes, right: float) -> None:
-    axes.grid(False)
-    axes.spines["bottom"].set_visible(False)
-    axes.tick_params(axis="both", length=0)
+    bare(axes)
     axes.set_xlim(0, right or 1.0)
     axes.set_xticks([])
 

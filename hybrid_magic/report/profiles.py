@@ -7,32 +7,31 @@ page.
 
 from __future__ import annotations
 
-import textwrap
 from html import escape
 from typing import Any
 
 from ..profiles import Profile
 from . import page, profile_plots, profile_rows, profile_words
 from . import quantities as q
+from .layout import columns, hang, table, unbroken
 from .profile_rows import Table
 from .profile_tree import branches, parts
-from .tables import WIDTH
 
 ROWS, ROWS_IN_TEXT, ROWS_OPENED = 13, 40, 200  # of the tree of modules
 
 
 def text(profile: Profile) -> str:
     """Return everything as text."""
-    lines = [_wrapped(profile_words.headline(profile))]
+    lines = [hang("", profile_words.headline(profile))]
     if not profile.advice:
         lines.append(profile_words.NOTHING)
     for at, advice in enumerate(profile.advice, start=1):
         brought = profile_words.brings(advice)
         lines += [
             "",
-            _wrapped(f"{at}. {advice.what}" + (f": {brought}" if brought else ""), "", "   "),
-            _wrapped(advice.evidence, "   ", "   "),
-            _wrapped(f"do: {advice.do}", "   ", "   "),
+            hang(f"{at}. ", advice.what + (f": {brought}" if brought else "")),
+            hang("   ", advice.evidence),
+            hang("   ", f"do: {advice.do}"),
         ]
     shown = branches(profile.modules, profile.model, ROWS_IN_TEXT)
     tables = [
@@ -41,15 +40,15 @@ def text(profile: Profile) -> str:
         *_about_memory(profile),
         profile_rows.reads(profile),
     ]
-    for table in tables:
-        lines += _text_table(table)
+    for made in tables:
+        lines += _text_table(made)
     said = profile_words.sentences(profile)
     wide = max(len(name) for name, _ in said)
     lines += [
         "",
-        *(_wrapped(sentence, f"{name:<{wide}}  ", " " * (wide + 2)) for name, sentence in said),
+        *(hang(f"{name:<{wide}}  ", sentence) for name, sentence in said),
     ]
-    return "\n".join([*lines, "", _wrapped(profile_words.caption(profile))])
+    return "\n".join([*lines, "", hang("", profile_words.caption(profile))])
 
 
 def _about_memory(profile: Profile) -> list[Table]:
@@ -60,25 +59,8 @@ def _about_memory(profile: Profile) -> list[Table]:
     ]
 
 
-def _wrapped(said: str, first: str = "", later: str = "") -> str:
-    return textwrap.fill(
-        said, WIDTH, initial_indent=first, subsequent_indent=later, break_on_hyphens=False
-    )
-
-
-def _text_table(table: Table) -> list[str]:
-    if not table.rows:
-        return []
-    shown = [table.heads, *table.rows]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    lines = ["", table.title]
-    for row in shown:
-        laid = (
-            cell.ljust(wide) if at < table.words else cell.rjust(wide)
-            for at, (cell, wide) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  " + "  ".join(laid).rstrip())
-    return lines
+def _text_table(made: Table) -> list[str]:
+    return ["", made.title, *columns([made.heads, *made.rows], made.words)] if made.rows else []
 
 
 def html(profile: Profile) -> str:
@@ -88,16 +70,16 @@ def html(profile: Profile) -> str:
 
 def _top(profile: Profile) -> str:
     """Return what is read at one glance: a line and the advice."""
-    said = f"<p><b>{_unbroken(profile_words.headline(profile))}</b></p>"
+    said = f"<p><b>{unbroken(profile_words.headline(profile))}</b></p>"
     if not profile.advice:
         return f"{said}<p>{escape(profile_words.NOTHING)}</p>"
     items = []
     for advice in profile.advice:
         brought = profile_words.brings(advice)
         items.append(
-            f'<li style="margin-bottom: 0.5em"><b>{_unbroken(advice.what)}</b>'
-            + (f": {_unbroken(brought)}" if brought else "")
-            + f"<br>{_unbroken(advice.evidence)}<br><i>Do</i>: {_unbroken(advice.do)}</li>"
+            f'<li style="margin-bottom: 0.5em"><b>{unbroken(advice.what)}</b>'
+            + (f": {unbroken(brought)}" if brought else "")
+            + f"<br>{unbroken(advice.evidence)}<br><i>Do</i>: {unbroken(advice.do)}</li>"
         )
     return f"{said}<ol>{''.join(items)}</ol>"
 
@@ -105,7 +87,7 @@ def _top(profile: Profile) -> str:
 def _below(profile: Profile) -> str:
     """Return what the advice rests on."""
     items = "".join(
-        f"<li><b>{name.capitalize()}</b>: {_unbroken(said)}</li>"
+        f"<li><b>{name.capitalize()}</b>: {unbroken(said)}</li>"
         for name, said in profile_words.sentences(profile)
     )
     return "".join(
@@ -115,7 +97,7 @@ def _below(profile: Profile) -> str:
             _beside(_about_memory(profile)),
             _html_table(profile_rows.reads(profile)),
             f"<ul>{items}</ul>",
-            f"<p><small>{_unbroken(profile_words.caption(profile))}</small></p>",
+            f"<p><small>{unbroken(profile_words.caption(profile))}</small></p>",
         ]
     )
 
@@ -136,7 +118,7 @@ def _beside(tables: list[Table]) -> str:
     """Return tables side by side, where there is room for it."""
     style = "display: inline-block; vertical-align: top; margin-right: 2.5em; max-width: 100%"
     shown = filter(None, map(_html_table, tables))
-    return "".join(f'<div style="{style}">{table}</div>' for table in shown)
+    return "".join(f'<div style="{style}">{made}</div>' for made in shown)
 
 
 # Said twice, as some places strip the one or the other.
@@ -144,35 +126,27 @@ _LEFT, _RIGHT = (f'align="{side}" style="text-align: {side}"' for side in ("left
 _ON_ONE_LINE = 'align="left" style="text-align: left; white-space: nowrap"'
 
 
-def _html_table(table: Table) -> str:
-    if not table.rows:
+def _html_table(made: Table) -> str:
+    if not made.rows:
         return ""
-    last = len(table.rows) - 1
+    last = len(made.rows) - 1
     rows = [
-        _row(table, row, "th" if table.summed and at == last else "td")
-        for at, row in enumerate(table.rows)
+        _row(made, row, "th" if made.summed and at == last else "td")
+        for at, row in enumerate(made.rows)
     ]
-    return (
-        '<div style="overflow-x: auto">'
-        '<table cellpadding="4" style="color: inherit; margin: 0 0 0.8em 0">'
-        f'<caption style="text-align: left; color: inherit"><b>{escape(table.title)}</b></caption>'
-        f"{_row(table, table.heads, 'th')}{''.join(rows)}</table></div>"
-    )
+    heads = _row(made, made.heads, "th")
+    return table(made.title, heads + "".join(rows), 'cellpadding="4" ')
 
 
-def _row(table: Table, cells: tuple[str, ...], tag: str) -> str:
+def _row(made: Table, cells: tuple[str, ...], tag: str) -> str:
     """Return a row; numbers and names stay on one line, heads and what is longer may break."""
     said = []
     for at, cell in enumerate(cells):
         long = len(cell.strip()) > profile_rows.LONGEST_NAME
-        left = _LEFT if long or cells is table.heads else _ON_ONE_LINE
-        shown = cell if long or cells is table.heads else cell.replace(" ", "\N{NO-BREAK SPACE}")
-        said.append(f"<{tag} {left if at < table.words else _RIGHT}>{escape(shown)}</{tag}>")
+        left = _LEFT if long or cells is made.heads else _ON_ONE_LINE
+        shown = cell if long or cells is made.heads else cell.replace(" ", "\N{NO-BREAK SPACE}")
+        said.append(f"<{tag} {left if at < made.words else _RIGHT}>{escape(shown)}</{tag}>")
     return f"<tr>{''.join(said)}</tr>"
-
-
-def _unbroken(said: str) -> str:
-    return escape(q.unbroken(said))
 
 
 def mimebundle(profile: Profile) -> dict[str, Any]:

@@ -59,6 +59,20 @@ def blank(width: float, height: float, **options: Any) -> Figure:
     return made
 
 
+def nothing(axes: Axes, title: str, why: str) -> None:
+    """Say on a plot why there is nothing to be drawn."""
+    axes.set_title(title)
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", va="center")
+
+
+def bare(axes: Axes) -> None:
+    """Leave a plot of bars without grid and ticks: numbers stand beside them."""
+    axes.grid(False)
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(axis="both", length=0)
+
+
 def png(sheet: Figure) -> bytes:
     """Return the figure as PNG bytes, in 256 colours: a third of the size, and no eye sees it."""
     import matplotlib as mpl

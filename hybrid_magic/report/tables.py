@@ -6,7 +6,6 @@ needs no style sheet: it reads well where styles are stripped, and takes its col
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from html import escape
 
@@ -14,9 +13,10 @@ from ..records import StepRecord
 from ..run import Run
 from . import quantities as q
 from . import series
+from .layout import columns as laid
+from .layout import hang, table, unbroken
 
 LAST_DECISIONS, LAST_VALIDATIONS = 5, 10
-WIDTH = 100  # columns of the text table
 
 _OUTCOMES = {
     "finished": "finished",
@@ -75,25 +75,20 @@ def text(run: Run) -> str:
     """Return the run as a table of text, at most 100 columns wide."""
     names = facts(run)
     width = max(len(name) for name, _ in names)
-    lines = [_hang(f"{name:<{width}}  ", said) for name, said in names]
+    lines = [hang(f"{name:<{width}}  ", said) for name, said in names]
     columns, rows = validations(run)
     if rows:
-        widths = [max(len(cells[at]) for cells in [columns, *rows]) for at in range(len(columns))]
-        lines += ["", _title("validation", run.metrics, rows)]
-        for cells in [columns, *rows]:
-            lines.append(
-                "  " + "  ".join(cell.rjust(wide) for cell, wide in zip(cells, widths, strict=True))
-            )
+        lines += ["", _title("validation", run.metrics, rows), *laid([columns, *rows], 0)]
     made = decisions(run)
     if made:
         lines += ["", _title("decision", run.changes, made)]
         wide = [max(len(row[at]) for row in made) for at in range(3)]
         for step, what, change, reason in made:
             head = f"  step {step:>{wide[0]}}  {what:<{wide[1]}}  {change:<{wide[2]}}  "
-            lines.append(_hang(head, reason))
+            lines.append(hang(head, reason))
     if run.notes:
         lines += ["", "what was inferred, and what you should know"]
-        lines += [_hang("  - ", note) for note in run.notes]
+        lines += [hang("  - ", note) for note in run.notes]
     return "\n".join(lines)
 
 
@@ -101,64 +96,35 @@ def html(run: Run) -> str:
     """Return the run as HTML tables; every name is escaped, no style sheet is needed."""
     left = 'style="text-align: left; vertical-align: top; color: inherit"'
     right = 'style="text-align: right; color: inherit"'
-    parts = [_open_table("Hybrid run")]
-    parts += [
-        f'<tr><th scope="row" {left}>{escape(name)}</th><td {left}>{_unbroken(said)}</td></tr>'
+    known = [
+        f'<tr><th scope="row" {left}>{escape(name)}</th><td {left}>{unbroken(said)}</td></tr>'
         for name, said in facts(run)
     ]
-    parts.append("</table>")
+    parts = [table("Hybrid run", "".join(known))]
     columns, rows = validations(run)
     if rows:
         heads = "".join(f'<th scope="col" {right}>{escape(name)}</th>' for name in columns)
-        parts += [
-            _open_table(_title("validation", run.metrics, rows).capitalize()),
-            f"<tr>{heads}</tr>",
-        ]
-        parts += [
+        below = [
             "<tr>" + "".join(f"<td {right}>{escape(cell)}</td>" for cell in row) + "</tr>"
             for row in rows
         ]
-        parts.append("</table>")
+        title = _title("validation", run.metrics, rows).capitalize()
+        parts.append(table(title, f"<tr>{heads}</tr>{''.join(below)}"))
     made = decisions(run)
     if made:
         heads = "".join(
             f'<th scope="col" {left}>{name}</th>' for name in ("step", "what", "change", "why")
         )
-        parts += [
-            _open_table(_title("decision", run.changes, made).capitalize()),
-            f"<tr>{heads}</tr>",
-        ]
-        parts += [
-            "<tr>" + "".join(f"<td {left}>{_unbroken(cell)}</td>" for cell in row) + "</tr>"
+        below = [
+            "<tr>" + "".join(f"<td {left}>{unbroken(cell)}</td>" for cell in row) + "</tr>"
             for row in made
         ]
-        parts.append("</table>")
+        title = _title("decision", run.changes, made).capitalize()
+        parts.append(table(title, f"<tr>{heads}</tr>{''.join(below)}"))
     if run.notes:
-        items = "".join(f"<li>{_unbroken(note)}</li>" for note in run.notes)
+        items = "".join(f"<li>{unbroken(note)}</li>" for note in run.notes)
         parts.append(f"<p><b>What was inferred, and what you should know</b></p><ul>{items}</ul>")
     return "".join(parts)
-
-
-def _open_table(caption: str) -> str:
-    return (
-        '<table style="color: inherit; margin: 0 0 0.8em 0">'
-        '<caption style="text-align: left; white-space: nowrap; color: inherit">'
-        f"<b>{escape(caption)}</b></caption>"
-    )
-
-
-def _unbroken(said: str) -> str:
-    return escape(q.unbroken(said))
-
-
-def _hang(head: str, body: str) -> str:
-    return textwrap.fill(
-        body,
-        width=max(WIDTH, len(head) + 40),
-        initial_indent=head,
-        subsequent_indent=" " * len(head),
-        break_on_hyphens=False,
-    )
 
 
 def _outcome(run: Run) -> str:
