@@ -62,6 +62,18 @@ PROFILE = Magic(
         "with the loader's own batch; options that say how long a run is are passed over.",
     ),
 )
+DEVICE_HELP = """%hybrid_device [-o NAME] [--plain]
+
+Show what this machine offers a run: the devices that PyTorch can use, their memory and who holds
+it, the precisions that they compute natively, where a run goes and which precision and memory it
+takes when it is not told, and why. Where there is no GPU, or not all of one, it says what to do.
+
+Options:
+  -o NAME                                put the facts into NAME, as a plain dict
+  --plain                                text only
+
+Takes no memory of a GPU: what others hold of one that this notebook has not used yet is read from
+its driver, where that tells."""
 
 
 @dataclass

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 
-from .. import ablation as ablations
 from .. import run as runs
 from ..errors import HybridMagicError
-from . import arguments, device_page, free
+from . import arguments, free
 
 if TYPE_CHECKING:
     from ..config import TrainConfig
@@ -52,11 +51,13 @@ def register(shell: Any) -> None:
         free.free(shell, line)
 
     def hybrid_device(line: str) -> None:
+        from . import device_page
+
         device_page.show(shell, line)
 
-    for magic, module in ((hybrid_free, free), (hybrid_device, device_page)):
-        magic.__doc__ = module.HELP
-        shell.register_magic_function(magic, "line")
+    hybrid_free.__doc__, hybrid_device.__doc__ = free.HELP, arguments.DEVICE_HELP
+    for line_magic in (hybrid_free, hybrid_device):
+        shell.register_magic_function(line_magic, "line")
 
     if _empty_cell_as_line not in shell.input_transformers_cleanup:
         shell.input_transformers_cleanup.append(_empty_cell_as_line)
@@ -105,6 +106,7 @@ def train(shell: Any, line: str, cell: str | None) -> Any:
 def ablate(shell: Any, line: str, cell: str | None) -> Any:
     """Run `%%hybrid_ablate`: read the line, train what the cell says several ways, and compare."""
     __tracebackhide__ = True
+    from .. import ablation as ablations
     from .ablating import ablation_of
     from .ablation_view import open_view
     from .loopform import explained
