@@ -21,8 +21,8 @@ from .setting import setting_of
 
 WARM_STEPS = 3
 TIMED_STEPS = 30
-# when to go on: timing, following modules, timing smaller micro-batches, all
-TIMED_S, MODULES_S, CUT_S, WHOLE_S = 3.0, 1.5, 0.7, 11.0
+# when to go on: warming up, timing, following modules, timing smaller micro-batches, all
+WARM_S, TIMED_S, MODULES_S, CUT_S, WHOLE_S = 1.0, 3.0, 1.5, 0.7, 11.0
 GROWN, FLAT = 4, 0.75  # a larger step, tried where the whole batch costs less than this a sample
 CUTS = (2, 4)  # into how many micro-batches a step is cut for the line over sizes
 
@@ -77,7 +77,8 @@ class Course:
     def _planned(self) -> Iterator[str]:
         """Yield the mode of the step after each, in turn."""
         for _ in range(WARM_STEPS - 1):
-            yield "pass"
+            if self._clock() - self._began < WARM_S:
+                yield "pass"
         yield from self._timing()
         yield from self._following()
         yield from self._writing(self.timed)
