@@ -145,10 +145,8 @@ class TrainConfig:
     workers: int | None = _option(
         None, read.integer(0), "N", "loader worker processes, in place of the loader's"
     )
-    checkpoint: str | None = _option(
-        None, read.text, "DIR", "write checkpoints to DIR (not built yet)"
-    )
-    resume: bool = _option(False, read.flag, "", "go on from the newest checkpoint (not built yet)")
+    checkpoint: str | None = _option(None, read.text, "DIR", "write checkpoints to the folder DIR")
+    resume: bool = _option(False, read.flag, "", "go on from the newest checkpoint in DIR")
     processes: int = _option(
         1, read.integer(1), "N", "data-parallel over N local processes (not built yet)"
     )
@@ -226,6 +224,11 @@ class AblateConfig(TrainConfig):
                     f"--seed {self.seed} and --seeds are given; wanted one of them; leave one out"
                 )
             object.__setattr__(self, "seeds", (self.seed,))
+        if self.checkpoint is not None:
+            raise ConfigError(
+                f"--checkpoint {self.checkpoint} is for one run, and an ablation is many; wanted "
+                "no checkpoint; leave it out"
+            )
         mixed = [name for name in self.variants if "mp" in name.split("+")]
         if mixed and self.precision == "fp32":
             raise ConfigError(
@@ -262,8 +265,6 @@ def _refuse_unbuilt(config: TrainConfig) -> None:
     asked = {
         "--compile": config.compile,
         "--cache": config.cache != "off",
-        "--checkpoint": config.checkpoint is not None,
-        "--resume": config.resume,
         "--processes": config.processes != 1,
     }
     for flag in (flag for flag, given in asked.items() if given):
@@ -279,6 +280,10 @@ def _refuse_contradictions(config: TrainConfig) -> None:
                 f"--batch {batch} is not --accum {accum} micro-batches of --micro {micro}; "
                 "wanted batch = accum x micro; leave one of the three out"
             )
+    if config.resume and config.checkpoint is None:
+        raise ConfigError(
+            "--resume is given without --checkpoint DIR; wanted the folder to go on from; name it"
+        )
     batch, most = config.batch, config.max_batch
     if isinstance(batch, int) and most is not None and batch > most:
         raise ConfigError(

@@ -158,6 +158,18 @@ Record = (
 )  # fmt: skip
 Sink = Callable[[Record], None]
 
+
+def both(one: Sink, other: Sink | None) -> Sink:
+    """Return a sink that hands every record to both; it holds nothing else."""
+
+    def emit(record: Record) -> None:
+        one(record)
+        if other is not None:
+            other(record)
+
+    return emit
+
+
 _KINDS: dict[str, type] = {
     "start": StartRecord,
     "step": StepRecord,
@@ -173,7 +185,8 @@ _NAMES = {kind: name for name, kind in _KINDS.items()}
 
 def as_json(record: Record) -> dict[str, Any]:
     """Return the record as a dict of plain JSON values; its `kind` names its type."""
-    return {"kind": _NAMES[type(record)], **dataclasses.asdict(record)}
+    names = type(record).__slots__  # every field and nothing else; `asdict` takes ten times as long
+    return {"kind": _NAMES[type(record)], **{name: getattr(record, name) for name in names}}
 
 
 def from_json(values: dict[str, Any]) -> Record | None:

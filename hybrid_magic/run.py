@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -224,6 +224,12 @@ class Run:
         The file is written under a temporary name and renamed, so that a half-written one is never
         found under `path`.
         """
+        with written_whole(path) as file:
+            for line in self.lines():
+                file.write(line + "\n")
+
+    def lines(self) -> Iterator[str]:
+        """Yield the run as lines of JSON, for `from_lines`."""
         head = {
             "kind": "run",
             "format": FORMAT,
@@ -234,9 +240,9 @@ class Run:
             "notes": self.notes,
             "sizes": self.sizes.entries(),
         }
-        with written_whole(path) as file:
-            for line in (head, *map(records.as_json, self._records())):
-                file.write(json.dumps(line) + "\n")
+        yield json.dumps(head)
+        for record in self._records():
+            yield json.dumps(records.as_json(record))
 
     def _records(self) -> Iterator[records.Record]:
         if self.start is not None:
@@ -261,18 +267,27 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            head, *lines = (json.loads(line) for line in file if line.strip())
-        if (head["kind"], head["format"], head["records"]) != ("run", FORMAT, len(lines)):
-            raise ValueError("another file, or not all of it")
-        run = Run(**{name: head[name] for name in _TOTALS if name in head})
-        run.sizes = StepSizes.from_entries(head.get("sizes", ()))
-        for line in lines:
-            record = records.from_json(line)
-            if record is not None:
-                run.add(record)
+            return from_lines(file)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise HybridMagicError(
             f"{path} is damaged, or not a run that this version saved; wanted a whole file written "
             "by run.save(); check its path, or save the run again"
         ) from None
+
+
+def from_lines(text: Iterable[str]) -> Run:
+    """Return the Run whose `lines` these are.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: they are not.
+    """
+    head, *lines = (json.loads(line) for line in text if line.strip())
+    if (head["kind"], head["format"], head["records"]) != ("run", FORMAT, len(lines)):
+        raise ValueError("another file, or not all of it")
+    run = Run(**{name: head[name] for name in _TOTALS if name in head})
+    run.sizes = StepSizes.from_entries(head.get("sizes", ()))
+    for line in lines:
+        record = records.from_json(line)
+        if record is not None:
+            run.add(record)
     return run

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_magic import ConfigError, HybridMagicError
-from hybrid_magic.config import TrainConfig, flag_of
+from hybrid_magic.config import AblateConfig, TrainConfig, flag_of
 
 FIELDS = dataclasses.fields(TrainConfig)
 GIB = 1024**3
@@ -70,6 +70,7 @@ GOOD = [
     ("log", "acc", ("acc",)),
     ("log", "acc, ppl", ("acc", "ppl")),
     ("device", "cuda:1", "cuda:1"),
+    ("checkpoint", "runs/one", "runs/one"),
     ("cache", "off", "off"),
     ("processes", "1", 1),
 ]
@@ -175,14 +176,13 @@ def test_a_bad_value_is_told_in_one_line_with_what_was_found_wanted_and_to_do(na
 def test_every_option_has_its_bad_values_here():
     assert set(BAD) == set(DEFAULTS)
     covered = {name for name, _, _ in [*GOOD, *GOOD_IN_PYTHON]}
-    assert covered == set(DEFAULTS) - {"compile", "checkpoint", "resume"}  # no good value yet
+    # compile has no good value yet, and resume none of its own
+    assert covered == set(DEFAULTS) - {"compile", "resume"}
 
 
 @pytest.mark.parametrize(
     ("flag", "options"),
     [
-        ("--checkpoint", {"checkpoint": "runs"}),
-        ("--resume", {"resume": True}),
         ("--processes", {"processes": 2}),
         ("--compile", {"compile": True}),
         ("--cache", {"cache": "ram"}),
@@ -209,6 +209,12 @@ def test_contradictions_are_refused():
     )
     assert refused(batch=64, accum=2, micro=64).startswith("--batch 64 is not --accum 2")
     assert refused(batch=64, max_batch=32).startswith("--batch 64 is above --max-batch 32; ")
+    assert refused(resume=True) == (
+        "--resume is given without --checkpoint DIR; wanted the folder to go on from; name it"
+    )
+    assert TrainConfig(checkpoint="runs", resume=True).resume
+    with pytest.raises(ConfigError, match="--checkpoint runs is for one run, and an ablation is "):
+        AblateConfig(checkpoint="runs")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from .control import RunControl
 from .data import Feed, StepData
 from .device import probe_for
 from .gradients import NoiseProbe
-from .passes import AsItComes, Passes, cut
+from .loop_keeper import LoopKeeper
+from .passes import AsItComes, Passes, cut, sizes_of
 from .precision import Precision
 from .prepare import Interrupts
 from .progress import TrainState
@@ -65,11 +66,12 @@ class AdoptedRun:
         called = {"model": "the model", "loader": "the loader", "optimizer": "the optimizer"}
         called |= dict(names or {})
         device = check_loop(model, optimizer, called)
-        self.probe, self.optimizer = probe_for(device), optimizer
+        self.probe, self.optimizer, self.model = probe_for(device), optimizer, model
         self.run = Run(config=config.as_json(), environment=environment(self.probe))
         self._memory, notes = before or Memory(), list(found)
         passes = Passes(loader) if is_standard(loader) else None
-        self.passes = None if config.batch == "fixed" else passes  # None: read as it comes
+        self.keeper = None if config.checkpoint is None else LoopKeeper(config, loader)
+        self.passes = passes if self.keeper is not None or config.batch != "fixed" else None
         if self.passes is None:
             if isinstance(config.batch, int):
                 notes.append(f"--batch {config.batch} is passed over: {called['loader']} is read "
@@ -97,6 +99,9 @@ class AdoptedRun:
         self.retries, self.waited = 0, 0.0  # since the last step
         if passes is not None:
             self._settle()
+        if self.keeper is not None:
+            self.keeper.open_loop(self, self._task, sink)
+            self._undo.push(self.keeper.close)
 
     # -- opening --
 
@@ -111,7 +116,7 @@ class AdoptedRun:
             self._task.feed = AsItComes(n or 1)
             self._settle()
         assert self.state is not None
-        sizes, measures = self._sizes(nested.count(batch), n or 1)
+        sizes, measures = sizes_of(self.passes, self.state.sizing, nested.count(batch), n or 1)
         data = StepData(cut(batch, sizes), sizes, measures)
         if self.step is None:
             self._task.rehearses = rehearses
@@ -137,20 +142,6 @@ class AdoptedRun:
         )
         self._memory.lend(settings, self.state.sizing)
 
-    def _sizes(self, countable: int | None, n: int) -> tuple[list[int], bool]:
-        """Return the sizes of a step's micro-batches, and whether it measures the noise."""
-        assert self.state is not None
-        sizing = self.state.sizing
-        if countable is None:
-            return [n], False
-        if self.passes is not None:
-            plan, self.passes.newest = self.passes.newest, None
-        else:
-            plan = sizing.plan(None)
-        if plan is not None and sum(plan.sizes) == n:
-            return list(plan.sizes), plan.probe
-        return sizing.recut(n), False
-
     def _open(self, state: TrainState, first: StepData) -> None:
         undo, optimizer = self._undo, self.optimizer
         undo.push(self._task.feed.close)
@@ -158,9 +149,11 @@ class AdoptedRun:
         undo.push(self.forget_skips)
         self._watch = Watch(state)
         undo.push(self._watch.end)
+        tree = None if self.keeper is None else self.keeper.begin(undo)
         open_state(
-            self._task, self._config, self.probe, optimizer, state, first, undo, lambda: self._error
-        )
+            self._task, self._config, self.probe, optimizer, state, first, undo,
+            lambda: self._error, tree,
+        )  # fmt: skip
         self.step = state.step_state
         if self._task.rehearses:
             self.step.settle = self._memory.settle
@@ -238,9 +231,11 @@ class AdoptedRun:
         try:
             self.over |= self.state.obey()
         except KeyboardInterrupt:
-            self.interrupts.at_once = True  # it waits no more: the person may catch it and go on
-            raise
-        self.free()
+            if self.keeper is None:  # else it is answered where the run can be gone on with
+                self.interrupts.at_once = True  # the person may catch it and go on
+                raise
+        if self.keeper is None:
+            self.free()
 
     # -- passes and the end --
 
@@ -255,22 +250,29 @@ class AdoptedRun:
             self.probe.reset_peak()
         self._since = now
 
-    def end_pass(self) -> None:
-        """End it: what follows may be an evaluation."""
+    def stream(self, *, own: bool) -> Iterator[Any] | None:
+        """Return the batches of a pass at sizes of ours, None where it is read as it comes."""
+        if self.keeper is not None:
+            return self.keeper.batches(own=own)
+        if self.passes is None or self.state is None or not own:
+            return None
+        return self.passes.batches(self.state.sizing.plan, lambda: self.uncut)
+
+    def end_pass(self, *, whole: bool) -> None:
+        """End it: what follows may be an evaluation. `whole`: nothing was raised in it."""
         if self.step is not None and self.state is not None:
+            if self.keeper is not None and whole:
+                self.keeper.end_pass()
             self.state.catch_up()
             self.free()
         self._since, self._between = time.perf_counter(), True
 
     def memory(self) -> Memory:
         """Return what was learned."""
-        memory, state, step = self._memory, self.state, self.step
-        if state is not None and step is not None:
-            memory.settings, memory.learned = state.sizing.settings, state.sizing.learned
-            memory.uncut = self.uncut
-            if step.precision.ours:
-                memory.asked, memory.precision = self._config.precision, step.precision
-        return memory
+        if self.state is not None and self.step is not None:
+            asked, sizing = self._config.precision, self.state.sizing
+            self._memory.learn(sizing, self.step.precision, asked, uncut=self.uncut)
+        return self._memory
 
     def close(self, error: BaseException | None) -> None:
         """Put everything back and close the books; `error` is what ended the run."""

@@ -37,6 +37,18 @@ class Recorded:
 Planner = Callable[[int | None], Plan]
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """The first `steps` of an epoch were trained before. `gone` is called when they are gone past
+    and nothing behind them is read yet."""
+
+    steps: int = 0
+    gone: Callable[[], None] = lambda: None
+
+
+NOTHING = Past()
+
+
 @dataclass(slots=True)
 class StepData:
     """The micro-batches of one step, on the host. `sizes` are the samples that each truly holds.
@@ -50,24 +62,36 @@ class StepData:
     coming: Any = None
 
 
+def behind(steps: Iterator[StepData], past: Past) -> Iterator[StepData]:
+    """Yield the steps that come behind those that are `past`, which are read."""
+    for number, step in enumerate(steps, start=1 - past.steps):
+        if number > 0:
+            yield step
+        del step
+        if number == 0:
+            past.gone()
+
+
 class Feed(Protocol):
     """Steps of data, an epoch at a time.
 
     `base` is the loader's batch, `samples` those of an epoch (None: unknown), `most` the largest
     possible micro-batch (None: any), `batches` the loader's own batches of an epoch (None:
-    unknown), `drawn_apart` says that reading on draws nothing from the random generators that the
-    model shares.
+    unknown), `workers` the processes that read, `drawn_apart` says that reading on draws nothing
+    from the random generators that the model shares.
     """
 
     base: int
     samples: int | None
     batches: int | None
+    workers: int
     most: int | None
     note: str | None
     drawn_apart: bool
 
-    def epoch(self, planner: Planner) -> Iterator[StepData]:
-        """Yield the steps of one pass over the loader, each planned with the samples then left."""
+    def epoch(self, planner: Planner, past: Past = NOTHING) -> Iterator[StepData]:
+        """Yield the steps of one pass over the loader, each planned with the samples then left,
+        but for those that are `past`: they are planned, and read only where that has to be."""
         ...
 
     def ended(self, samples: int, *, over: bool = False) -> int:
@@ -84,6 +108,7 @@ class SplitFeed:
     """Batches as the person's iterable yields them, cut where they can be."""
 
     samples: int | None = None
+    workers = 0  # of ours
     most: int | None
     drawn_apart = False
 
@@ -113,7 +138,11 @@ class SplitFeed:
         except (TypeError, NotImplementedError):
             self.batches = None
 
-    def epoch(self, planner: Planner) -> Iterator[StepData]:
+    def epoch(self, planner: Planner, past: Past = NOTHING) -> Iterator[StepData]:
+        steps = self._steps(planner)
+        return behind(steps, past) if past.steps else steps
+
+    def _steps(self, planner: Planner) -> Iterator[StepData]:
         stream, self._opened = self._opened or iter(self._loader), None
         step = StepData([], [], False)
         queue: deque[int] = deque()

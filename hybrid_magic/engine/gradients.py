@@ -112,6 +112,17 @@ class NoiseProbe:
         torch._foreach_mul_(mean, 0.5)
         return torch.stack([total_norm(grads), total_norm(kept[0]), total_norm(mean)])
 
+    def state(self) -> dict[str, Any]:
+        """Return what a probe of another run needs to go on, for `go_on`."""
+        return {"before": self._before, "kept": self._kept}
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Go on as the probe whose `state` this was; its tensors may be on the host."""
+        self._before, self._kept = state["before"], None
+        if state["kept"] is not None:
+            grads, size = state["kept"]
+            self._kept = [grad.to(self._params[0].device) for grad in grads], size
+
     def forget(self) -> None:
         """Give back the gradients that are held for a measurement."""
         self._first, self._kept = [], None

@@ -16,8 +16,7 @@ from torch import Tensor
 def make_up_front(optimizer: Any, made: list[Tensor]) -> None:
     """Make the state of torch's Adam-likes; note in `made` for which weights."""
     make = getattr(optimizer, "_init_group", None)
-    adam_like = "betas" in optimizer.defaults or "alpha" in optimizer.defaults
-    if make is None or not adam_like or not type(optimizer).__module__.startswith("torch.optim."):
+    if make is None or not is_adam_like(optimizer):
         return
     lists = len(inspect.signature(make).parameters) - 1  # beside the group
     for group in optimizer.param_groups:
@@ -32,6 +31,12 @@ def make_up_front(optimizer: Any, made: list[Tensor]) -> None:
         finally:
             for param, grad in zip(new, found, strict=True):
                 param.grad = grad
+
+
+def is_adam_like(optimizer: Any) -> bool:
+    """Return whether this is one of torch's optimizers whose state is made up front."""
+    known = "betas" in optimizer.defaults or "alpha" in optimizer.defaults
+    return known and type(optimizer).__module__.startswith("torch.optim.")
 
 
 def remove_unused(optimizer: Any, made: list[Tensor]) -> None:

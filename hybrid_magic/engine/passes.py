@@ -14,8 +14,9 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from . import nested
-from .data import Plan, Recorded
+from .data import NOTHING, Past, Plan, Recorded
 from .sampled import SampledFeed
+from .sizing import Sizing
 
 
 class AsItComes:
@@ -24,14 +25,15 @@ class AsItComes:
     samples: int | None = None
     most: int | None = None
     batches: int | None = None
+    workers = 0
     note: str | None = None
     drawn_apart = False
 
     def __init__(self, base: int) -> None:
         self.base = base
 
-    def epoch(self, planner: Any) -> Iterator[Any]:
-        del planner
+    def epoch(self, planner: Any, past: Any = None) -> Iterator[Any]:
+        del planner, past
         return iter(())
 
     def ended(self, samples: int, *, over: bool = False) -> int:
@@ -59,12 +61,22 @@ class Passes:
         self._under_way = self._begun = False
 
     def batches(
-        self, planner: Callable[[int | None], Plan], uncut: Callable[[], bool]
+        self,
+        planner: Callable[[int | None], Plan],
+        uncut: Callable[[], bool],
+        past: Past = NOTHING,
     ) -> Iterator[Any]:
-        """Yield the batches of one pass; while they are `uncut` they keep the loader's size."""
+        """Yield the batches of one pass but for those that are `past`; while they are `uncut` they
+        keep the loader's size."""
         planned = self._planned = deque()
         self._steps = self._samples = self._told = self._told_steps = 0
         self._under_way = self._begun = True
+
+        def gone() -> None:
+            for _ in range(past.steps):
+                self._samples += sum(planned.popleft().sizes)
+            self._steps = past.steps
+            past.gone()
 
         def plan(remaining: int | None) -> Plan:
             base = self.feed.base if remaining is None else min(self.feed.base, remaining)
@@ -72,13 +84,22 @@ class Passes:
             return Recorded((sum(planned[-1].sizes),))
 
         try:
-            for data in self.feed.epoch(plan):
+            for data in self.feed.epoch(plan, Past(past.steps, gone)):
                 found, (n,) = planned.popleft(), data.sizes
                 self.newest = found if sum(found.sizes) == n else None
                 self._steps, self._samples = self._steps + 1, self._samples + n
                 yield data.batches[0]
         finally:
             self._under_way = False
+
+    @property
+    def place(self) -> list[Any]:
+        """Where the pass stands: batches and samples handed out, what schedulers were told of."""
+        return [self._steps, self._samples, self._told, self._told_steps, self._due]
+
+    def told(self, place: list[Any]) -> None:
+        """Have schedulers been told what they were at a `place`."""
+        self._told, self._told_steps, self._due = place[2:]
 
     def length(self, whole: int, batch: int) -> int:
         """Return how many batches a pass has: `whole` before the first one, those handed out and
@@ -109,3 +130,19 @@ def cut(batch: Any, sizes: list[int]) -> list[Any]:
         return [batch]
     ends = itertools.accumulate(sizes)
     return [nested.rows(batch, end - n, end) for n, end in zip(sizes, ends, strict=True)]
+
+
+def sizes_of(
+    passes: Passes | None, sizing: Sizing, countable: int | None, n: int
+) -> tuple[list[int], bool]:
+    """Return the sizes of the micro-batches of a step of `n` samples, and whether it measures the
+    noise; `countable` is None where the batch cannot be cut."""
+    if countable is None:
+        return [n], False
+    if passes is not None:
+        plan, passes.newest = passes.newest, None
+    else:
+        plan = sizing.plan(None)
+    if plan is not None and sum(plan.sizes) == n:
+        return list(plan.sizes), plan.probe
+    return sizing.recut(n), False

@@ -77,6 +77,13 @@ def worth_measuring(device: torch.device) -> str | None:
     return "fp16" if device.type == "mps" else None
 
 
+def may_scale_losses(asked: str, device: torch.device) -> bool:
+    """Return whether a run may compute in fp16, whose first steps overflow as a rule."""
+    if asked != "auto":
+        return asked == "fp16"
+    return "fp16" in (native(device)[0], worth_measuring(device))
+
+
 def _cpu_computes_bf16() -> bool:
     try:
         from torch.backends import mkldnn

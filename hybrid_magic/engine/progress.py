@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from ..config import TrainConfig
 from ..policy.facts import Settings, StepFacts
-from ..records import BatchChangeRecord, NoteRecord, Record, Sink, StepRecord, ValidationRecord
+from ..records import BatchChangeRecord, NoteRecord, Sink, StepRecord, ValidationRecord, both
 from ..run import Run
 from . import requests
 from .control import RunControl
@@ -50,21 +51,23 @@ class TrainState:
     ) -> None:
         self.run, self.probe = run, probe
         self.step = self.samples = self.epoch = self.in_epoch = 0
+        self.epoch_from = 0  # the steps before this epoch
         self.interrupts, self._control = interrupts, control
-        self.emit = _emitter(run, sink)
+        self.emit = both(run.add, sink)
         self.sizing = Sizing(settings, self.emit, None if replay is None else replay.sizes)
         self._precision_is_ours = config.precision == "auto" or (
             replay is not None and any(made.before == "fp16" for made in replay.changes)
         )
         self._epochs, self._steps = config.passes, config.steps
         self._seconds = None if config.minutes is None else 60 * config.minutes
-        self._pending: deque[Any] = deque()  # what `_finish` takes
+        self.pending: deque[Any] = deque()  # what `_finish` takes
+        self.at_end: Callable[[], None] = lambda: None  # called before the last of it is read
         self._begun = self._not_training = 0.0  # a moment; seconds of validation, of pauses
-        self._noise_scale: float | None = None
-        self._validated = 0
-        self._sums: bool | None = None  # whether the loss is a sum over samples; known after a step
-        self._epoch_loss = [0.0, 0]  # summed over the epoch's samples, and how many they are
-        self._collapsed = False  # the loss scale fell below 1
+        self.noise_scale: float | None = None
+        self.validated = 0
+        self.sums: bool | None = None  # whether the loss is a sum over samples; known after a step
+        self.epoch_loss = [0.0, 0]  # summed over the epoch's samples, and how many they are
+        self.collapsed = False  # the loss scale fell below 1
 
     # -- what a step gave --
 
@@ -81,7 +84,7 @@ class TrainState:
         if not self.probe.late:
             self._finish(*taken)
             return
-        self._pending.append(taken)
+        self.pending.append(taken)
         self.catch_up(LATE_STEPS if self.step_state.skip_on_device else 1)
 
     def _count(self, sizes: list[int], lr_factor: float) -> None:
@@ -99,8 +102,8 @@ class TrainState:
 
     def catch_up(self, late: int = 0) -> None:
         """Take in what the device was asked, but for the newest `late` steps."""
-        while len(self._pending) > late:
-            self._finish(*self._pending.popleft())
+        while len(self.pending) > late:
+            self._finish(*self.pending.popleft())
 
     def _finish(
         self,
@@ -114,9 +117,9 @@ class TrainState:
     ) -> None:
         """Read a step's values, record it, and let the policy answer."""
         seen, size = read(result, self.probe), sum(result.sizes)
-        if self._sums is None:
+        if self.sums is None:
             self._learn_reduction()
-        loss = seen.loss / size if self._sums else seen.loss
+        loss = seen.loss / size if self.sums else seen.loss
         if not self.sizing.pinned:
             self._steer(step, result, seen, loss, memory)
         self.run.retries += retries
@@ -125,13 +128,13 @@ class TrainState:
             self._judge_scale(step)
         else:
             self.run.final_loss = loss
-            self._epoch_loss[0] += loss * size
-            self._epoch_loss[1] += size
+            self.epoch_loss[0] += loss * size
+            self.epoch_loss[1] += size
         self.emit(
             StepRecord(
                 step, samples, loss, seen.norm, result.lr, size, max(result.sizes),
                 len(result.sizes), seen.skipped, retries, waited, seen.forward_s, seen.backward_s,
-                seen.optimizer_s, seconds, *memory[:2], self._noise_scale, seen.logged,
+                seen.optimizer_s, seconds, *memory[:2], self.noise_scale, seen.logged,
             )
         )  # fmt: skip
 
@@ -139,8 +142,8 @@ class TrainState:
         reduction = self.step_state.reduction
         if reduction is None:  # the next step tells
             return
-        self._sums = reduction.kind == "sum"
-        if self._sums:
+        self.sums = reduction.kind == "sum"
+        if self.sums:
             self.sizing.summed()
         if reduction.note:
             self.emit(NoteRecord(reduction.note))
@@ -164,16 +167,16 @@ class TrainState:
         )
         self.sizing.observe(facts)
         if seen.noise is not None:
-            self._noise_scale = self.sizing.noise_scale
+            self.noise_scale = self.sizing.noise_scale
 
     def _judge_scale(self, step: int) -> None:
         """Say that the model does not train in fp16 where the loss scale falls below 1; go on in
         fp32 where the precision was ours to choose."""
         state = self.step_state
         scaler = state.precision.scaler
-        if scaler is None or self._collapsed or scaler.get_scale() >= 1:
+        if scaler is None or self.collapsed or scaler.get_scale() >= 1:
             return
-        self._collapsed = True
+        self.collapsed = True
         why = f"its loss or gradients overflow even at a loss scale of {scaler.get_scale():g}"
         if self._precision_is_ours:
             state.precision = Precision("fp32", self.probe.device)
@@ -217,7 +220,7 @@ class TrainState:
         if self.interrupts.hit:
             raise KeyboardInterrupt
         if self.step == self._steps or (
-            self._seconds is not None and self._trained() >= self._seconds
+            self._seconds is not None and self.trained() >= self._seconds
         ):
             self.run.outcome = "finished"
             return True
@@ -231,7 +234,9 @@ class TrainState:
 
     def begin_epoch(self, epoch: int) -> None:
         """Begin an epoch, counted from 0; the first one starts the clock."""
-        self.epoch, self.in_epoch, self._epoch_loss = epoch, 0, [0.0, 0]
+        if epoch != self.epoch or not self.in_epoch:  # it is not one that is gone on with
+            self.epoch, self.in_epoch, self.epoch_loss = epoch, 0, [0.0, 0]
+            self.epoch_from = self.step
         if not self._begun:
             self._begun = time.perf_counter()
             self.probe.reset_peak()
@@ -239,13 +244,14 @@ class TrainState:
     def end_epoch(self, val: Any) -> bool:
         """Validate, advance the schedule, and return whether this was the last epoch."""
         metrics = None if val is None else self._validate(val)
-        if self.schedule is not None:
-            if self.schedule.judges:
-                self.catch_up()
-            total, n = self._epoch_loss
-            with self.interrupts.held():
+        if self.schedule is not None and self.schedule.judges:
+            self.catch_up()
+        total, n = self.epoch_loss
+        with self.interrupts.held():
+            if self.schedule is not None:
                 self.schedule.end_epoch(self.in_epoch, total / n if n else None, metrics)
-        if self._epochs is not None and self.epoch + 1 >= self._epochs:
+            self.epoch, self.in_epoch = self.epoch + 1, 0
+        if self._epochs is not None and self.epoch >= self._epochs:
             self.run.outcome = "finished"
             return True
         return False
@@ -260,14 +266,15 @@ class TrainState:
         taken = time.perf_counter() - start
         self._not_training += taken
         self.run.validation_seconds += taken
-        self._validated = self.step
+        self.validated = self.step
         self.emit(ValidationRecord(self.step, metrics))
         return metrics
 
     def finish(self, val: Any) -> None:
         """Read what is left, and validate where the run ended inside an epoch."""
+        self.at_end()
         self.catch_up()
-        if val is not None and self.run.outcome == "finished" and self._validated < self.step:
+        if val is not None and self.run.outcome == "finished" and self.validated < self.step:
             self._validate(val)
 
     def close_books(self, error: BaseException | None) -> None:
@@ -279,22 +286,12 @@ class TrainState:
             run.outcome = "interrupted"
         elif error is not None:
             run.outcome, run.error = "failed", f"{type(error).__name__}: {error}"
-            self._pending.clear()  # the device may not answer any more
+            self.pending.clear()  # the device may not answer any more
         run.steps, run.samples_seen = state.steps, state.samples
-        run.seconds = self._trained()
+        run.seconds = self.trained()
+        self.at_end()
         self.catch_up()
 
-    def _trained(self) -> float:
+    def trained(self) -> float:
         """Return the seconds spent training so far: no validation, no pause."""
         return time.perf_counter() - self._begun - self._not_training if self._begun else 0.0
-
-
-def _emitter(run: Run, sink: Sink | None) -> Sink:
-    """Return what hands a record to the run and to the sink; it holds nothing else."""
-
-    def emit(record: Record) -> None:
-        run.add(record)
-        if sink is not None:
-            sink(record)
-
-    return emit

@@ -7,9 +7,10 @@ that a person made for themselves are theirs.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,18 +66,18 @@ class StepRandom:
 
     def __init__(self, device: torch.device) -> None:
         self._tensors = TensorRandom(device)
-        self._draws = False
+        self.draws = False  # a step was seen to draw from Python's or NumPy's
         self._host: Any = None
 
     def take(self, number: int) -> None:
         self._tensors.take()
-        read = self._draws or number < WATCHED or number % WATCH_EVERY == 0
+        read = self.draws or number < WATCHED or number % WATCH_EVERY == 0
         self._host = _host_state() if read else None
 
     def done(self) -> None:
         """The step that `take` began is over: see whether it drew."""
-        if self._host is not None and not self._draws:
-            self._draws = not _same(self._host, _host_state())
+        if self._host is not None and not self.draws:
+            self.draws = not _same(self._host, _host_state())
 
     def put_back(self) -> None:
         self._tensors.put_back()
@@ -102,6 +103,54 @@ def _same(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
         bool((a == b).all()) if hasattr(a, "all") else a == b
         for a, b in zip(one[1], other[1], strict=True)
     )
+
+
+class Boundary:
+    """The random states between two steps, looked at before each: Python's and NumPy's as seldom as
+    `StepRandom` does, while nothing is seen to draw from them."""
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self._generators = generators
+        self._looked, self._draws = 0, False
+        self._host: Any = None
+
+    def states(self) -> dict[str, Any]:
+        """Return what `all_states` does."""
+        number, self._looked = self._looked, self._looked + 1
+        if self._draws or number < WATCHED or number % WATCH_EVERY == 0:
+            found, self._host = self._host, _host_state()
+            self._draws |= found is not None and not _same(found, self._host)
+        return all_states(self._generators, self._host)
+
+
+def all_states(generators: Sequence[torch.Generator], host: Any = None) -> dict[str, Any]:
+    """Return the state of every generator that is in use, and of `generators`, as plain values;
+    `host`: Python's and NumPy's, where they are known."""
+    cuda = torch.cuda.is_initialized()
+    return {
+        "host": host or _host_state(),
+        "torch": torch.default_generator.get_state(),
+        "cuda": torch.cuda.get_rng_state_all() if cuda else [],
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
+        "own": [generator.get_state() for generator in generators],
+    }
+
+
+def put_all_back(states: dict[str, Any], generators: Sequence[torch.Generator]) -> None:
+    """Give every generator its state of `all_states`, also where that went through a file."""
+    python, numpy = states["host"]
+    random.setstate(python)
+    if numpy is not None:
+        np = importlib.import_module("numpy")
+        np.random.set_state((numpy[0], np.asarray(numpy[1], dtype=np.uint32), *numpy[2:]))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_initialized():
+        for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, device)
+    if states["mps"] is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])
+    for generator, state in zip(generators, states["own"], strict=True):
+        generator.set_state(state)
 
 
 @contextlib.contextmanager

@@ -42,6 +42,12 @@ class Memory:
             if same == self.settings:
                 sizing.go_on(self.learned)
 
+    def learn(self, sizing: Sizing, precision: Precision, asked: str, *, uncut: bool) -> None:
+        """Keep what a session has come to; a person's own precision is theirs to choose."""
+        self.settings, self.learned, self.uncut = sizing.settings, sizing.learned, uncut
+        if precision.ours:
+            self.asked, self.precision = asked, precision
+
     def settle(self, state: StepState, data: StepData, found: Reduction) -> Reduction:
         """Return how a loss is reduced whose criterion does not tell; tried once for each guess."""
         told = None if self.guess is None else (self.guess.kind, self.guess.why, self.guess.path)

@@ -25,7 +25,7 @@ from torch.utils.data import (
 )
 
 from ..errors import HybridMagicError
-from .data import Feed, Planner, SplitFeed, StepData
+from .data import NOTHING, Feed, Past, Planner, SplitFeed, StepData, behind
 
 
 def open_feed(loader: Any, name: str, *, workers: int | None = None, pin: bool = False) -> Feed:
@@ -77,6 +77,7 @@ class SampledFeed:
         )  # (micro-batches of its step, samples, probe)
         self._plan: Planner | None = None
         self._stream: Any = None
+        self._past = NOTHING
         self._pin = pin
         try:
             total = len(self._sampler)
@@ -86,7 +87,7 @@ class SampledFeed:
         self.batches = None if self.samples is None else -(-self.samples // self.base)
         workers = loader.num_workers if workers is None else workers
         self._tensors = _plain_tensors(loader) if workers == 0 else None
-        self._workers = workers
+        self.workers = workers
         self.drawn_apart = workers > 0 or self._tensors is not None
         self._loader = DataLoader(
             loader.dataset,
@@ -102,7 +103,13 @@ class SampledFeed:
             persistent_workers=loader.persistent_workers and workers > 0,
         )
 
-    def epoch(self, planner: Planner) -> Iterator[StepData]:
+    def epoch(self, planner: Planner, past: Past = NOTHING) -> Iterator[StepData]:
+        if past.steps and self.workers:  # their random numbers go on with what they read
+            return behind(self._steps(planner), past)
+        self._past = past
+        return self._steps(planner)
+
+    def _steps(self, planner: Planner) -> Iterator[StepData]:
         self._plan, self._issued = planner, deque()
         stream = self._indexed() if self._tensors is not None else iter(self._loader)
         self._stream = stream
@@ -134,6 +141,7 @@ class SampledFeed:
             order = _whole(order, self.base)
         left, planner, issued = self.samples, self._plan, self._issued
         assert planner is not None
+        (over, gone), self._past = (self._past.steps, self._past.gone), NOTHING
         head: list[int] = []
         while True:
             if left is None:  # no step is planned that there is no sample for
@@ -146,9 +154,16 @@ class SampledFeed:
                 taken = [*head, *itertools.islice(order, size - len(head))]
                 head = []
                 if not taken:
+                    if over:  # they were all
+                        gone()
                     return
-                issued.append((count, len(taken), probe))
-                yield taken
+                if not over:
+                    issued.append((count, len(taken), probe))
+                    yield taken
+            if over:
+                over -= 1
+                if not over:
+                    gone()
             if left is not None:
                 left -= sum(plan.sizes)
                 left = left if left > 0 else None  # a sampler may hold more than it says

@@ -71,12 +71,27 @@ class ScheduleClock:
         left = _left(scheduler)
         if left is None or epochs is None or batches is None:
             return
-        if epochs * batches > left:
+        if epochs * batches - self._in_epoch > left:
             raise HybridMagicError(
                 f"the scheduler has {left} of its {scheduler.total_steps} steps left, and "
                 f"{epochs} epochs of {batches} batches need {epochs * batches}; wanted as many; "
                 "make it (and its optimizer) anew"
             )
+
+    def state(self) -> dict[str, Any]:
+        """Return where the scheduler and its clock stand, for `go_on`."""
+        return {
+            "kind": type(self.scheduler).__name__,
+            "scheduler": self.scheduler.state_dict(),
+            "per": self.per,
+            "in_epoch": self._in_epoch,
+            "begun": self._begun,
+        }
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Go on where the clock of another run stood, whose `state` this was."""
+        load(self.scheduler, state["scheduler"])
+        self.per, self._in_epoch, self._begun = state["per"], state["in_epoch"], state["begun"]
 
     def advance(self, samples_in_epoch: int) -> None:
         """Catch up with `samples_in_epoch` samples of this epoch."""
@@ -126,6 +141,23 @@ class ScheduleClock:
         if not self._said:
             self._say(sentence)
         self._said = True
+
+
+def load(scheduler: Any, state: dict[str, Any]) -> None:
+    """Give a scheduler a `state_dict` that has gone through a file."""
+    scheduler.load_state_dict(_kinds_kept(state, scheduler.state_dict()))
+
+
+def _kinds_kept(value: Any, now: Any) -> Any:
+    """Return `value` with its dicts of the kinds that they are of `now`: MultiStepLR counts its
+    milestones in a Counter."""
+    if isinstance(value, dict):
+        found = now if isinstance(now, dict) else {}
+        made = {key: _kinds_kept(inner, found.get(key)) for key, inner in value.items()}
+        return type(found)(made)
+    if isinstance(value, list) and isinstance(now, list) and len(value) == len(now):
+        return [_kinds_kept(*pair) for pair in zip(value, now, strict=True)]
+    return value
 
 
 def _left(scheduler: Any) -> int | None:

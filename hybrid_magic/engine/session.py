@@ -111,17 +111,14 @@ class Session:
         """Begin a loop over batches; between loops no training time passes."""
         self._run.begin_pass()
 
-    def end_pass(self) -> None:
-        """End it; what follows may be an evaluation."""
-        self._run.end_pass()
+    def end_pass(self, *, whole: bool = True) -> None:
+        """End it; what follows may be an evaluation. `whole`: nothing was raised in it."""
+        self._run.end_pass(whole=whole)
 
     def batches(self, loader: Any) -> Iterator[Any]:
         """Yield the batches of one pass, a step each, until the run is over."""
-        run, passes = self._run, self._run.passes
-        if passes is None or run.state is None or loader is not self._loader:
-            stream = iter(loader)
-        else:
-            stream = passes.batches(run.state.sizing.plan, lambda: run.uncut)
+        run = self._run
+        stream = run.stream(own=loader is self._loader) or iter(loader)
         while not run.over:
             start = time.perf_counter()
             try:
@@ -141,6 +138,8 @@ class Session:
 
     def advance(self, scheduler: Any, *args: Any) -> None:
         """Step the person's scheduler as often as their loop would have by the newest sample."""
+        if self._run.keeper is not None:
+            self._run.keeper.meet(scheduler)
         times = 1 if self._run.passes is None else self._run.passes.due()
         for _ in range(times):
             scheduler.step(*args)

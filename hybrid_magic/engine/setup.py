@@ -5,6 +5,7 @@ Everything inferred here is said in a note. Trains nothing.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import platform
@@ -21,7 +22,7 @@ from ..errors import ConfigError, HybridMagicError
 from ..policy import steering
 from ..records import BatchChangeRecord, NoteRecord, StartRecord
 from ..run import Run
-from . import lens, rehearse
+from . import checkpoint, lens, rehearse
 from . import precision as precisions
 from .data import StepData
 from .device import DeviceProbe
@@ -63,6 +64,11 @@ def replayed(config: TrainConfig, replay: Run | None) -> TrainConfig:
         raise HybridMagicError(
             f"replay is a {type(replay).__name__} {held}; wanted a Run that trained; pass what "
             "hm.train returned, or hm.load_run(path)"
+        )
+    if config.checkpoint is not None:
+        raise ConfigError(
+            f"--checkpoint {config.checkpoint} was given and a run to replay, which is there to be "
+            "replayed again; wanted one of the two; leave --checkpoint or replay out"
         )
     for name in ("batch", "accum", "micro"):
         if getattr(config, name) != TrainConfig.__dataclass_fields__[name].default:
@@ -114,15 +120,8 @@ def settings_for(
         lr_scale=checked.lr_scale,
         warmup=checked.warmup,
         sum_reduction=config.reduction == "sum",
-        loss_scaling=_may_scale_losses(config, probe),
+        loss_scaling=precisions.may_scale_losses(config.precision, probe.device),
     )
-
-
-def _may_scale_losses(config: TrainConfig, probe: DeviceProbe) -> bool:
-    """Return whether the run may compute in fp16, whose first steps overflow as a rule."""
-    if config.precision != "auto":
-        return config.precision == "fp16"
-    return "fp16" in (precisions.native(probe.device)[0], precisions.worth_measuring(probe.device))
 
 
 def open_state(
@@ -134,6 +133,7 @@ def open_state(
     first: StepData,
     undo: Undo,
     ended_by: Callable[[], BaseException | None],
+    tree: dict[str, Any] | None = None,
 ) -> None:
     """Give `state` the step's state, for a model that is prepared; say what was chosen.
 
@@ -142,9 +142,15 @@ def open_state(
         first: the first step's samples; measured on when a choice needs it, and trained on later.
         undo: takes what must be undone when the run ends.
         ended_by: tells what is ending the run, None where nothing went wrong.
+        tree: a checkpoint, which `state` goes on from.
     """
     began = time.perf_counter()
     ready = _step_state(task, config, probe, optimizer, state, first)
+    state.schedule = _schedule(task, config, state, tree)
+    if tree is not None:
+        checkpoint.put_step_back(tree, ready)
+        if not task.adopted:
+            checkpoint.put_weights_back(tree, task.model, optimizer)
     made: list[torch.Tensor] = []
     undo.push(lambda: remove_unused(optimizer, made))
     undo.push(lambda: ready.transaction.roll_back(ready.steps))
@@ -162,18 +168,20 @@ def open_state(
         ready.mover = mover_for(probe.device, channels_last=True)
     make_up_front(optimizer, made)
     _let_skip_on_device(ready)
-    state.schedule = _schedule(task, config, state)
+    if tree is not None:
+        ready.skip_on_device = ready.may_skip_on_device and tree["step"]["skip_on_device"]
     state.emit(_start(task, config, probe, optimizer, ready.precision.name, state.sizing.settings))
     for note in task.notes:
-        state.emit(NoteRecord(note))
-    if config.precision == "auto":
+        if note not in state.run.notes:
+            state.emit(NoteRecord(note))
+    if config.precision == "auto" and tree is None:
         state.emit(BatchChangeRecord(0, "auto", ready.precision.name, "precision", reason))
-    if task.rehearses and not state.sizing.replaying:
+    if task.rehearses and tree is None and not state.sizing.replaying:
         with state.interrupts.interruptible():
             rehearse.size_first_step(ready, state.sizing, first)
     if (look_away := lens.attach(state, task)) is not None:
         undo.push(look_away)
-    state.run.opening_seconds = time.perf_counter() - began
+    state.run.opening_seconds += time.perf_counter() - began
 
 
 def _step_state(
@@ -218,7 +226,9 @@ def _let_skip_on_device(ready: StepState) -> None:
     ready.skip_on_device = ready.may_skip_on_device and not lazy
 
 
-def _schedule(task: Task, config: TrainConfig, state: TrainState) -> ScheduleClock | None:
+def _schedule(
+    task: Task, config: TrainConfig, state: TrainState, tree: dict[str, Any] | None
+) -> ScheduleClock | None:
     """Return the clock of the person's scheduler, None without one; say what it counts."""
     if task.scheduler is None:
         return None
@@ -226,8 +236,18 @@ def _schedule(task: Task, config: TrainConfig, state: TrainState) -> ScheduleClo
         task.scheduler, task.feed, config.epochs, config.steps, lambda s: state.emit(NoteRecord(s))
     )
     other_end = config.steps is not None or config.minutes is not None
-    schedule.check(None if other_end else config.passes, task.val is not None)
-    task.notes.append(schedule.note)
+    epochs = None if other_end else config.passes
+    if tree is None:
+        schedule.check(epochs, task.val is not None)
+        task.notes.append(schedule.note)
+        return schedule
+    found = copy.deepcopy(schedule.scheduler.state_dict())
+    schedule.go_on(tree["schedule"])
+    try:
+        schedule.check(None if epochs is None else epochs - state.epoch, task.val is not None)
+    except HybridMagicError:
+        schedule.scheduler.load_state_dict(found)
+        raise
     return schedule
 
 

@@ -5,10 +5,12 @@ The one place of the engine that holds the policy's state; emits its changes. Kn
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from ..policy import steering
+from ..policy import plain, steering
 from ..records import NoteRecord, Record
 from ..sizes import StepSizes
 from .data import Plan, Recorded
@@ -110,6 +112,24 @@ class Sizing:
     def go_on(self, learned: steering.State) -> None:
         """Begin with what another run has learned."""
         self._state = learned
+
+    def state(self) -> dict[str, Any]:
+        """Return all that is known, as plain values, for `take_up`."""
+        learned = plain.as_plain(self._state)
+        return {"learned": learned, "tight": self.tight, "pinned": self.pinned}
+
+    def take_up(self, state: dict[str, Any]) -> bool:
+        """Go on where the sizing of another run stood, whose `state` this was; return whether that
+        can be: it followed the same settings. The memory that others hold may have changed."""
+        try:
+            learned: steering.State = plain.from_plain(state["learned"])
+        except ValueError:  # another version's
+            return False
+        asked, now = learned.asked, self.settings
+        if asked != dataclasses.replace(now, budget_bytes=asked.budget_bytes):
+            return False
+        self._state, self.tight, self.pinned = learned, state["tight"], state["pinned"]
+        return True
 
     # -- running out of memory --
 

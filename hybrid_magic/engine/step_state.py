@@ -111,3 +111,4 @@ class StepResult:
     spans: list[tuple[Any, Any, Any]] = field(default_factory=list)
     ends: list[tuple[Any, Any]] = field(default_factory=list)
     peaks: list[int | None] | None = None
+    reading: Any = None  # what was read of it already

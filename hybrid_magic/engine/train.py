@@ -7,6 +7,7 @@ it. Prints nothing and knows no widget; what must not be lost is put back by `un
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,11 +21,13 @@ from ..run import Run
 from .control import RunControl
 from .data import StepData
 from .device import attempt, probe_for
+from .keeper import Keeper
 from .letting_go import let_go
 from .prefetch import one_step_ahead
 from .prepare import Interrupts, prepare
 from .progress import TrainState
 from .randomness import random_state_kept_on_error, seed_everything
+from .resume import sample_of
 from .retry import whole_step
 from .setup import environment, make_optimizer, open_state, replayed, settings_for
 from .step_state import Compute
@@ -82,6 +85,8 @@ def train(
             options[name] = (names or {}).get(name) or type(value).__name__
     if options.get("device") is not None:
         options["device"] = str(options["device"])
+    if isinstance(options.get("checkpoint"), os.PathLike):
+        options["checkpoint"] = os.fspath(options["checkpoint"])
     if hasattr(loader, "__next__") and options.get("epochs") is None:
         options["epochs"] = 1  # there is no second epoch of what is read once
     config = replayed(TrainConfig.from_options(options), replay)
@@ -120,6 +125,7 @@ def _train(
             with interrupts.interruptible(), random_state_kept_on_error():
                 if config.seed is not None:
                     seed_everything(config.seed)
+                keeper = None if config.checkpoint is None else Keeper(config, loader)
                 task = describe(model, loader, step, config, names=names, **given)
                 undo.push(task.feed.close)
                 task.notes[:0] = found
@@ -127,14 +133,24 @@ def _train(
                 run = Run(config=config.as_json(), environment=environment(probe))
                 optimizer = make_optimizer(task, config, probe)
                 limits = settings_for(task, config, probe, optimizer)
+                if keeper is not None:
+                    undo.push(keeper.close)
+                    run = keeper.open(task, optimizer, run)
+                    if keeper.over:
+                        return keeper.run_that_is_over(optimizer, run, sink)
                 state = TrainState(run, sink, control, interrupts, config, probe, limits, replay)
-                stream, first = _first_step(task, state)
+                if keeper is not None:
+                    keeper.attach(state)
+                stream, first = _first_step(task, state, keeper)
             watch = Watch(state)
             undo.push(watch.end)
             prepare(undo, model, optimizer, task.criterion, probe.device)
-            open_state(task, config, probe, optimizer, state, first, undo, lambda: undo.error)
+            tree = None if keeper is None else keeper.begin(undo)
+            open_state(task, config, probe, optimizer, state, first, undo, lambda: undo.error, tree)
             watch.begin()
-            _loop(task, state, watch, itertools.chain([first], stream))
+            _loop(task, state, watch, stream, keeper)
+            if keeper is not None:
+                keeper.hold()
             state.finish(task.val)
         finally:
             interrupts.ending = True
@@ -146,11 +162,21 @@ def _train(
     return run
 
 
-def _first_step(task: Task, state: TrainState) -> tuple[Iterator[StepData], StepData]:
-    """Draw the first step's samples before anything is changed: here a broken loader is told."""
-    stream = task.feed.epoch(state.sizing.plan)
+def _epoch(task: Task, state: TrainState, keeper: Keeper | None) -> Iterator[StepData]:
+    plan = state.sizing.plan
+    return task.feed.epoch(plan) if keeper is None else keeper.epoch(plan)
+
+
+def _first_step(
+    task: Task, state: TrainState, keeper: Keeper | None
+) -> tuple[Iterator[StepData], StepData]:
+    """Return the steps of the epoch, and the first one's samples, drawn before anything is changed:
+    here a broken loader is told."""
+    stream = _epoch(task, state, keeper)
     try:
         first = next(stream, None)
+        if first is None and state.in_epoch:  # its last step was the last thing that was done
+            return stream, sample_of(task)
     except Exception as error:
         why = str(error).strip().splitlines() or [""]
         raise HybridMagicError(
@@ -162,18 +188,26 @@ def _first_step(task: Task, state: TrainState) -> tuple[Iterator[StepData], Step
             f"{task.names['loader']} yields nothing; wanted at least one batch; check its "
             "dataset and sampler"
         )
-    return stream, first
+    return itertools.chain([first], stream), first
 
 
-def _loop(task: Task, state: TrainState, watch: Watch, stream: Iterator[StepData]) -> None:
+def _loop(
+    task: Task,
+    state: TrainState,
+    watch: Watch,
+    stream: Iterator[StepData],
+    keeper: Keeper | None,
+) -> None:
     """Train epoch after epoch until an end is reached."""
     mover = state.step_state.mover if task.feed.drawn_apart else None
-    for epoch in itertools.count():
+    for epoch in itertools.count(state.epoch):
         state.begin_epoch(epoch)
         if mover is not None:
             stream = one_step_ahead(stream, mover)
         while True:
             start = time.perf_counter()
+            if keeper is not None:
+                keeper.before_step(start)
             data = _next(stream, state)
             if data is None:
                 break
@@ -191,9 +225,14 @@ def _loop(task: Task, state: TrainState, watch: Watch, stream: Iterator[StepData
                 "data again; "
                 "make it a list or a DataLoader"
             )
-        if state.end_epoch(task.val):
+        if keeper is not None:
+            keeper.hold()
+        over = state.end_epoch(task.val)
+        if keeper is not None:
+            keeper.epoch_over(save=not over)
+        if over:
             return
-        stream = task.feed.epoch(state.sizing.plan)
+        stream = _epoch(task, state, keeper)
 
 
 def _next(stream: Iterator[StepData], state: TrainState) -> StepData | None:

@@ -46,6 +46,11 @@ class Transaction:
         self._others: list[Tensor] = []  # weights that get gradients and are not stepped
         self._aside: list[tuple[Tensor, Tensor]] | None = []  # weights and the gradients they had
 
+    @property
+    def random(self) -> StepRandom:
+        """What the open step draws from."""
+        return self._random
+
     def begin(self, number: int, precision: Precision, *, found: bool = False) -> None:
         """Open step `number`: keep what its forward passes may change.
 

@@ -111,11 +111,11 @@ class Loop:
     def __enter__(self) -> Loop:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: Any, *_: Any) -> None:
         for bar, found in self._bars:
             bar.iterable = found
         if self._opened is not None and self._site.kind == "loop":
-            self._opened.end_pass()
+            self._opened.end_pass(whole=kind is None)
         self._frame = None  # it holds this
 
     @property

@@ -70,6 +70,11 @@ class CellRun:
         self.close(None)
         check_optimizer_kind(optimizer, f"line {site.line}: {site.optimizer}")
         config, notes = site.config, list(site.notes)
+        if config.checkpoint is not None and self.newest is not None:
+            raise HybridMagicError(
+                f"line {site.line} trains with a second optimizer, and --checkpoint holds one run; "
+                "wanted one optimizer in the cell; give the other one a cell of its own"
+            )
         if not site.grows and config.batch != "fixed":
             if config.batch != "adaptive":
                 notes.append(

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import hybrid_magic as hm
 from hybrid_magic import run as runs
 from hybrid_magic.config import TrainConfig
+from hybrid_magic.engine import adopted
 from hybrid_magic.engine import precision as precisions
 from hybrid_magic.engine import session as sessions
 from hybrid_magic.engine.control import RunControl
@@ -735,8 +736,8 @@ def test_a_fault_at_every_operation_of_a_batch_leaves_no_trace(
         sizes = [sizes for sizes, _ in run.sizes]
         after, generator = everything(model, optimizer), generators()
         model, optimizer, session = made()
-        _with_sizes(session, sizes)
-        steps(session, model, optimizer, None)
+        with _with_sizes(sizes):
+            steps(session, model, optimizer, None)
         session.close()
         assert unequal(after, everything(model, optimizer)) == [], chosen
         assert unequal(generator, generators()) == [], chosen
@@ -759,15 +760,20 @@ def _within(striking: Striking) -> Iterator[None]:
         sessions.accumulate = real
 
 
-def _with_sizes(session: Session, steps: list[tuple[int, ...]]) -> None:
+@contextlib.contextmanager
+def _with_sizes(steps: list[tuple[int, ...]]) -> Iterator[None]:
     """Have batches of 12 cut into what they were in these steps, some of several batches."""
     batches: list[list[int]] = [[]]
     for size in (size for sizes in steps for size in sizes):
         if sum(batches[-1]) == 12:
             batches.append([])
         batches[-1].append(size)
-    run: Any = session._run
-    run._sizes = lambda countable, n: (batches.pop(0), False)
+    real = adopted.sizes_of
+    adopted.sizes_of = lambda passes, sizing, countable, n: (batches.pop(0), False)
+    try:
+        yield
+    finally:
+        adopted.sizes_of = real
 
 
 def test_a_fault_in_the_optimizers_step_is_taken_back_and_the_same_gradients_tried_again() -> None:

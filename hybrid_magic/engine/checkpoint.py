@@ -1,0 +1,220 @@
+"""What a checkpoint holds of a run, and how it is put back.
+
+`tree_of` lists all of it, as plain values and tensors. Weights, buffers and the optimizer's state
+come back bit for bit, and so does what later decisions rest on. Knows no file and no loader.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..run import Run, from_lines
+from .optimizer_state import is_adam_like
+from .precision import Precision
+from .progress import TrainState
+from .reading import Reading, read
+from .reduction import Reduction
+from .step_state import StepResult, StepState
+
+_OF_STATE = (
+    "step", "samples", "epoch", "in_epoch", "epoch_from", "epoch_loss", "validated", "noise_scale",
+    "sums", "collapsed",
+)  # fmt: skip
+
+
+def tree_of(state: TrainState) -> dict[str, Any]:
+    """Return all that a run needs to go on from where it stands, between two steps, but for its
+    place in the data."""
+    ready = state.step_state
+    return {
+        **begun(ready.model, ready.optimizer),
+        **standing(state),
+        "schedule": None if state.schedule is None else state.schedule.state(),
+        "step": {
+            "noise": ready.noise.state(),
+            "reduction": None if ready.reduction is None else _fields(ready.reduction),
+            "skip_on_device": ready.skip_on_device,
+            "draws": ready.transaction.random.draws,
+        },
+    }
+
+
+def standing(state: TrainState) -> dict[str, Any]:
+    """Return the part that reading a step's values changes, which a device may be late with."""
+    precision = state.step_state.precision
+    return {
+        "precision": {
+            "name": precision.name,
+            "scaler": None if precision.scaler is None else precision.scaler.state_dict(),
+        },
+        "state": {name: getattr(state, name) for name in _OF_STATE},
+        "seconds": state.trained(),
+        "pending": [_read_already(state, *taken) for taken in state.pending],
+        "sizing": state.sizing.state(),
+        "run": text_of(state.run),
+        "history_seen": state.run.history.seen,
+    }
+
+
+def text_of(run: Run) -> str:
+    """Return a Run as text: one value, however many records it has."""
+    return "\n".join(run.lines())
+
+
+def begun(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the part that is known, and nearly as large, before a run begins."""
+    return {
+        "model": {
+            "kind": type(model).__name__,
+            "parameters": dict(_weights(model, optimizer)),
+            "buffers": dict(model.named_buffers()),
+        },
+        "optimizer": {"kind": type(optimizer).__name__, "state": optimizer.state_dict()},
+    }
+
+
+def _weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights by name; those that are no module's, by their number in the optimizer."""
+    seen: set[int] = set()
+    for name, param in model.named_parameters():
+        seen.add(id(param))
+        yield name, param
+    for number, param in enumerate(_stepped(optimizer)):
+        if id(param) not in seen:
+            yield f"weight {number} of the optimizer", param
+
+
+def _stepped(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+
+
+def _read_already(
+    state: TrainState, step: int, samples: int, result: StepResult, *rest: Any
+) -> Any:
+    """Return a step whose values the policy has not seen yet, with its values, as plain ones."""
+    result.reading = read(result, state.probe)
+    return [step, samples, _plain_result(result), *rest]
+
+
+def _plain_result(result: StepResult) -> dict[str, Any]:
+    kept = ("sizes", "lr", "lr_factor", "skipped", "peaks")
+    return {name: getattr(result, name) for name in kept} | {"reading": _fields(result.reading)}
+
+
+# -- another model's? --
+
+
+def other_kind(tree: dict[str, Any], model: nn.Module, optimizer: Any) -> str | None:
+    """Return in what the checkpoint's model or optimizer is another one, "its ... here ...", None
+    where it fits; nothing is changed."""
+    held, here = tree["model"], dict(_weights(model, optimizer))
+    parts = [("parameters", held["parameters"], here)]
+    parts.append(("buffers", held["buffers"], dict(model.named_buffers())))
+    for what, saved, found in parts:
+        for name in [*saved, *(name for name in found if name not in saved)]:
+            there, now = saved.get(name), found.get(name)
+            if there is None or now is None:
+                where = "has none" if there is None else "has one"
+                other = "there is none" if now is None else "there is one"
+                return f"of the {what} it {where} called {name}, and here {other}"
+            if what == "parameters" and (there.shape, there.dtype) != (now.shape, now.dtype):
+                return f"its {name} is {_shown(there)}, and here {_shown(now)}"
+    there, now = tree["optimizer"], type(optimizer).__name__
+    if there["kind"] != now:
+        return f"its optimizer is {there['kind']}, and here {now}"
+    groups = [len(group["params"]) for group in there["state"]["param_groups"]]
+    mine = [len(group["params"]) for group in optimizer.param_groups]
+    if groups != mine:
+        return f"its optimizer has groups of {groups} parameters, and here of {mine}"
+    return None
+
+
+def _shown(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+# -- putting back --
+
+
+def put_weights_back(tree: dict[str, Any], model: nn.Module, optimizer: Any) -> None:
+    """Give model and optimizer the checkpoint's values, on the devices where they are."""
+    saved = tree["model"]
+    with torch.no_grad():
+        for name, param in _weights(model, optimizer):
+            param.copy_(saved["parameters"][name])
+        for name, buffer in model.named_buffers():
+            value = saved["buffers"][name]
+            if (buffer.shape, buffer.dtype) == (value.shape, value.dtype):
+                buffer.copy_(value)
+            else:  # the model made it anew as it went on
+                owner, _, last = name.rpartition(".")
+                model.get_submodule(owner)._buffers[last] = value.to(buffer.device)
+    _put_optimizer_back(tree["optimizer"]["state"], optimizer)
+
+
+def _put_optimizer_back(saved: dict[str, Any], optimizer: Any) -> None:
+    held = saved["state"]
+    if is_adam_like(optimizer):  # of weights that never had a gradient: made up front, and again
+        held = {key: values for key, values in held.items() if float(values.get("step", 1))}
+    optimizer.load_state_dict({**saved, "state": held})
+    params = _stepped(optimizer)
+    for number, values in held.items():  # torch gives what it loads the dtype of the weight
+        now = optimizer.state.get(params[number], {}) if isinstance(number, int) else {}
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.dtype != now[name].dtype:
+                now[name] = value.to(now[name].device)
+
+
+def precision_of(
+    tree: dict[str, Any], device: torch.device, own: Precision | None = None
+) -> Precision:
+    """Return the precision of the checkpoint, its loss scale as it was; `own` is the person's."""
+    held = tree["precision"]
+    precision = Precision(held["name"], device) if own is None else own
+    if precision.scaler is not None:
+        precision.scaler.load_state_dict(held["scaler"])
+    return precision
+
+
+def run_of(tree: dict[str, Any], ended: str | None = None) -> Run:
+    """Return the Run as it was; `ended` is its text where that is another one."""
+    run = from_lines((tree["run"] if ended is None else ended).splitlines())
+    run.history.seen = tree["history_seen"]
+    return run
+
+
+def put_state_back(tree: dict[str, Any], state: TrainState) -> bool:
+    """Have a state that has no step yet stand where the checkpoint was taken; return whether the
+    steering goes on with what it knew."""
+    for name in _OF_STATE:
+        setattr(state, name, tree["state"][name])
+    state.paused(-tree["seconds"])  # they count as trained
+    state.pending = deque(_taken(*taken) for taken in tree["pending"])
+    return state.sizing.take_up(tree["sizing"])
+
+
+def _taken(step: int, samples: int, result: dict[str, Any], *rest: Any) -> tuple[Any, ...]:
+    reading = Reading(**result.pop("reading"))
+    made = StepResult(
+        **result, values=list, weights=[], gradients=0, noise=None, names=(), reading=reading
+    )
+    return step, samples, made, *rest
+
+
+def put_step_back(tree: dict[str, Any], ready: StepState) -> None:
+    """Have the step's own state go on where the checkpoint's stood; weights are put back apart."""
+    held = tree["step"]
+    ready.steps, ready.samples = tree["state"]["step"], tree["state"]["samples"]
+    ready.noise.go_on(held["noise"])
+    ready.reduction = None if held["reduction"] is None else Reduction(**held["reduction"])
+    ready.transaction.random.draws = held["draws"]

@@ -1,0 +1,207 @@
+"""Going on from a checkpoint: whether it is this run's, what has changed since, whether it is over.
+
+What cannot be gone on with exactly is refused, before anything of the person's is changed. Writes
+nothing and trains nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .. import run as runs
+from ..config import TrainConfig, flag_of
+from ..errors import HybridMagicError
+from ..records import NoteRecord, Sink
+from ..run import Run
+from . import checkpoint, nested
+from .checkpoint_store import Store
+from .data import Feed, StepData
+from .randomness import all_states, put_all_back
+from .rewind import generators_of
+from .sampled import SampledFeed
+from .task import Task
+
+OVER = "the run was over already; raise --epochs, --steps or --minutes to go on"
+CONTENT = 1  # of the tree that is written; another one's is refused
+_NO_OPTION = {"checkpoint", "resume", "o", "plain"}
+_NAMES = {"val", "optimizer", "loss", "scheduler", "log"}  # names of things, which are the cell's
+_OF_THE_START = {"seed": "random numbers", "lr": "learning rate"}
+
+
+def find(store: Store, config: TrainConfig, check: Callable[[Any], None]) -> tuple[Any, list[str]]:
+    """Return the checkpoint to go on from, None to begin anew, and what the person is to know.
+
+    Args:
+        check: raises where a checkpoint cannot be gone on with.
+    Raises:
+        HybridMagicError: as `check`; or there are checkpoints, and they are not to be gone on from.
+    """
+    place = f"checkpoint={config.checkpoint!r}"
+
+    def accept(tree: Any) -> None:
+        if not isinstance(tree, dict) or tree.get("content") != CONTENT:
+            raise HybridMagicError(
+                f"{place} holds checkpoints that another version of hybrid_magic wrote; wanted "
+                "those of this one; use that version, or another folder"
+            )
+        if not config.resume:
+            raise HybridMagicError(
+                f"{place} holds the checkpoints of a run at step {tree['state']['step']}, which "
+                "would be written over; wanted an empty folder; add --resume to go on from them, "
+                "or give another folder"
+            )
+        try:
+            check(tree)
+        except HybridMagicError as error:
+            raise HybridMagicError(f"{place}: {error}") from None
+
+    found = store.newest(accept)
+    if found is None:
+        if not config.resume:
+            return None, []
+        return None, [f"nothing to go on from in {config.checkpoint}: the run begins"]
+    return found.tree, [*found.notes, f"went on from the checkpoint of step {found.step}"]
+
+
+def check(tree: dict[str, Any], kind: str, task: Task, optimizer: Any, generators: int) -> None:
+    """Raise HybridMagicError where the checkpoint is not one of this run."""
+    do = "give another folder, or what that run was given"
+    if tree["kind"] != kind:
+        raise HybridMagicError(
+            f"its run was a {tree['kind']}, and this is a {kind}; wanted the same form; {do}"
+        )
+    other = checkpoint.other_kind(tree, task.model, optimizer)
+    if other is not None:
+        raise HybridMagicError(f"it is of another model: {other}; wanted that run's; {do}")
+    schedules = tree["schedule"] and tree["schedule"]["kind"]
+    mine = None if task.scheduler is None else type(task.scheduler).__name__
+    if schedules != mine:
+        raise HybridMagicError(
+            f"its scheduler is {schedules or 'none'}, and here {mine or 'none'}; wanted the same; "
+            f"{do}"
+        )
+    before, now = tree["data"], data_of(task, generators)
+    for name, what in _DATA.items():
+        at_an_end = tree["state"]["in_epoch"] == 0
+        if before[name] != now[name] and not (name == "workers" and at_an_end):
+            raise HybridMagicError(
+                f"its {what.format(before[name])}, and here {now[name]}; wanted the same, to find "
+                f"the place in the data; {do}"
+            )
+
+
+_DATA = {
+    "kind": "data were read as a {}",
+    "base": "loader's batch was {}",
+    "samples": "epochs had {} samples",
+    "batches": "epochs had {} batches",
+    "generators": "loader had {} generators of its own",
+    "workers": "loader had {} worker processes",
+}
+
+
+def data_of(task: Task, generators: int) -> dict[str, Any]:
+    """Return what the place in the data depends on."""
+    feed = task.feed
+    return {
+        "kind": type(feed).__name__,
+        "base": feed.base,
+        "samples": feed.samples,
+        "batches": feed.batches,
+        "generators": generators,
+        "workers": feed.workers,
+    }
+
+
+def read_again(feed: Feed, samples: int, seconds: float) -> list[str]:
+    """Return what the person is to know of the samples of an epoch that were gone past."""
+    if not feed.workers and isinstance(feed, SampledFeed):
+        return []
+    who = "the loader's workers, whose random numbers go on with them" if feed.workers else "us"
+    return [f"{samples} samples of the open epoch were read again by {who}: {seconds:.1f} s"]
+
+
+def sample_of(task: Task) -> StepData:
+    """Return a batch of the loader, read for what it looks like; nothing is drawn by that."""
+    found = all_states(generators_of(task.loader))
+    try:
+        batch = next(iter(task.loader))
+    finally:
+        put_all_back(found, generators_of(task.loader))
+    return StepData([batch], [nested.count(batch) or 1], False)
+
+
+def run_of(tree: dict[str, Any], *, over: bool) -> Run:
+    """Return the checkpoint's Run as it was; `over`: as it ended."""
+    return checkpoint.run_of(tree, tree["ended"] if over else None)
+
+
+def moved(found: Run, run: Run, loader: Any) -> list[str]:
+    """Return why the run may end in other weights than one that was never interrupted."""
+    there, here = ([made.environment.get(n) for n in ("device", "torch")] for made in (found, run))
+    notes = []
+    if there != here:
+        notes.append(
+            f"the run began on {there[0]} with torch {there[1]} and goes on on {here[0]} with "
+            f"torch {here[1]}: equal to rounding, not to the bit"
+        )
+    if getattr(loader, "persistent_workers", False):
+        notes.append(
+            "the loader's workers live on from epoch to epoch (persistent_workers=True), and so "
+            "did their random numbers; these are new, and random augmentation goes on otherwise"
+        )
+    return notes
+
+
+def as_begun(found: Run, run: Run) -> Run:
+    """Return the Run that was found, to go on as `run` would begin."""
+    found.config, found.environment = run.config, run.environment
+    found.outcome, found.error = run.outcome, None
+    return found
+
+
+def close_run(tree: dict[str, Any], run: Run, notes: list[str], sink: Sink | None) -> None:
+    """Close the books of a run that was over when it was to be gone on with."""
+    state = tree["state"]
+    run.outcome, run.seconds = "finished", tree["seconds"]
+    run.steps, run.samples_seen = state["step"], state["samples"]
+    told = [NoteRecord(note) for note in notes if note not in run.notes]
+    for record in told:
+        run.add(record)
+    if sink is not None:
+        for record in (*filter(None, [run.start]), *told):
+            sink(record)
+    runs.last_run = run
+
+
+def is_over(tree: dict[str, Any], config: TrainConfig) -> bool:
+    """Return whether the run has reached an end that `config` asks for."""
+    state, passes = tree["state"], config.passes
+    return (
+        (passes is not None and state["epoch"] >= passes)
+        or (config.steps is not None and state["step"] >= config.steps)
+        or (config.minutes is not None and tree["seconds"] >= 60 * config.minutes)
+    )
+
+
+def changed_options(tree: dict[str, Any], config: TrainConfig) -> list[str]:
+    """Return a sentence for the options that are others now, and one for each that comes too
+    late."""
+    before, now = tree["config"], config.as_json()
+    others = [
+        (name, flag_of(item))
+        for name, item in type(config).__dataclass_fields__.items()
+        if name not in _NO_OPTION | _NAMES and before.get(name) != now[name]
+    ]
+    taken = [
+        f"{flag} {before.get(name)} -> {now[name]}"
+        for name, flag in others
+        if name not in _OF_THE_START
+    ]
+    notes = [f"goes on with other options than before: {', '.join(taken)}"] if taken else []
+    for name, flag in others:
+        if name in _OF_THE_START and now[name] is not None:
+            what = _OF_THE_START[name]
+            notes.append(f"{flag} {now[name]} is passed over: the run goes on with its own {what}")
+    return notes
