@@ -7,6 +7,7 @@ RUN := $(VENV)/bin/python
 PYTEST_ARGS ?=
 COMPAT ?= compat
 BROWSER ?= browser
+BROWSER_ARGS ?=
 
 ifneq ($(MAKECMDGOALS),clean)
 FOUND := $(shell $(PYTHON) -c 'import sys; print("ok" if sys.version_info >= (3, 10) else "Python %d.%d" % sys.version_info[:2])' 2>/dev/null || echo nothing that runs)
@@ -28,7 +29,7 @@ compat: $(VENV)/.dev ## the notebook's tests on Colab's and Kaggle's older Jupyt
 	@$(RUN) -m nox -s '$(COMPAT)'
 
 browser: $(VENV)/.dev ## the panel in JupyterLab, Notebook 7 and the classic notebook, in Chromium
-	@$(RUN) -m nox -s $(patsubst %,'%',$(BROWSER))
+	@$(RUN) -m nox -s $(patsubst %,'%',$(BROWSER)) -- $(BROWSER_ARGS)
 
 lint: $(VENV)/.dev ## what CI checks besides the tests
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m pyright

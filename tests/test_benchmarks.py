@@ -30,6 +30,7 @@ def run(program: str, *arguments: str) -> str:
     return result.stdout
 
 
+@pytest.mark.thorough
 def test_the_loop_benchmark_writes_every_field_and_finds_the_same_weights(tmp_path):
     saved = tmp_path / "loop.json"
     printed = run(
