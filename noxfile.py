@@ -118,6 +118,7 @@ CLOCKED = [f"tests/notebook/test_{name}.py" for name in ("live", "pump")]
 HEADLESS = "tests/notebook/test_headless.py"  # the programs that run notebooks are today's
 NOT_AT_ONCE = [f"--ignore={path}" for path in (*CLOCKED, HEADLESS)]
 TWO_AT_ONCE = ["-n", "2", "--dist", "loadfile", *NOT_AT_ONCE]
+SHOWN = "test_with_a_front_end_the_panel_stays_and_what_it_asks_is_in_the_records"
 COMPAT = {
     "colab": [
         [*TWO_AT_ONCE, "tests/notebook", "tests/test_import.py", "tests/test_readme.py"],
@@ -125,11 +126,7 @@ COMPAT = {
     ],
     # Kaggle's differs in ipywidgets alone: what meets no widget is not run again.
     "kaggle": [
-        [
-            "tests/notebook/test_panel.py",
-            "tests/notebook/test_live.py::test_with_a_front_end_the_panel_stays_and_what_it_asks"
-            "_is_in_the_records",
-        ]
+        ["tests/notebook/test_panel.py", f"tests/notebook/test_live.py::{SHOWN}"],
     ],
 }
 
