@@ -32,7 +32,7 @@ browser: $(VENV)/.dev ## the panel in JupyterLab, Notebook 7 and the classic not
 	@$(RUN) -m nox -s $(patsubst %,'%',$(BROWSER)) -- $(BROWSER_ARGS)
 
 lint: $(VENV)/.dev ## what CI checks besides the tests
-	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m pyright
+	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m pyright --pythonpath $(RUN)
 
 notebook: $(VENV)/.dev ## run NOTEBOOK (left out: the quickstart) again and keep its outputs
 	@$(RUN) notebooks/demo.py $(NOTEBOOK) --keep
