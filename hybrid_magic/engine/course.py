@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from ..config import ProfileConfig
 from ..findings import Setting
@@ -31,12 +31,7 @@ class Course:
     """`looks` are all steps, `timed` those that count, `followed` those with modules, `ledgers`
     those with a ledger; `cut` hold the timed ones of steps that were cut smaller."""
 
-    def __init__(
-        self,
-        config: ProfileConfig,
-        outer: RunControl | None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
+    def __init__(self, config: ProfileConfig, outer: RunControl | None) -> None:
         self.control = RunControl(poll=self._poll)
         self.looks: list[Look] = []
         self.timed: list[Look] = []
@@ -47,8 +42,8 @@ class Course:
         self.setting: Setting | None = None
         self.lens: Lens | None = None
         self.over = False
-        self._config, self._outer, self._clock = config, outer, clock
-        self._began = clock()
+        self._config, self._outer = config, outer
+        self._began = time.perf_counter()
         self._tracer: tracing.Tracer | None = None
         self._look: Look | None = None
         self._asked: str | None = None
@@ -77,16 +72,15 @@ class Course:
     def _planned(self) -> Iterator[str]:
         """Yield the mode of the step after each, in turn."""
         for _ in range(WARM_STEPS - 1):
-            if self._clock() - self._began < WARM_S:
+            if time.perf_counter() - self._began < WARM_S:
                 yield "pass"
         yield from self._timing()
         yield from self._following()
         yield from self._writing(self.timed)
         if self._config.snapshot is not None:
-            tracing.record_snapshot(True)
-            yield "pass"
-            tracing.write_snapshot(self._config.snapshot)
-            tracing.record_snapshot(False)
+            with tracing.recorded():  # until the step is taken, or the profile ends in it
+                yield "pass"
+                tracing.write_snapshot(self._config.snapshot)
         if self._config.trace is not None:
             on_gpu = self.setting is not None and self.setting.device_type == "cuda"
             self._tracer = tracing.Tracer(self._config.trace, device_too=on_gpu)
@@ -97,7 +91,7 @@ class Course:
             yield from self._cutting()
 
     def _timing(self) -> Iterator[str]:
-        began, most = self._clock(), self._config.steps or TIMED_STEPS
+        began, most = time.perf_counter(), self._config.steps or TIMED_STEPS
         while len(self.timed) < most:
             yield "time"
             assert self._look is not None
@@ -106,23 +100,23 @@ class Course:
                 self.setting = setting_of(self.lens)
             if self._config.steps is not None:
                 continue
-            enough = len(self.timed) >= 3 and self._clock() - began > TIMED_S
-            if enough or self._clock() - self._began > WHOLE_S / 2:
+            enough = len(self.timed) >= 3 and time.perf_counter() - began > TIMED_S
+            if enough or time.perf_counter() - self._began > WHOLE_S / 2:
                 return
 
     def _following(self) -> Iterator[str]:
-        began = self._clock()
+        began = time.perf_counter()
         for _ in range(5):
             yield "modules"
             assert self._look is not None
             self.followed.append(self._look)
-            if self._clock() - began > MODULES_S:
+            if time.perf_counter() - began > MODULES_S:
                 return
 
     @property
     def late(self) -> bool:
         """Whether a person should not be kept waiting for more."""
-        return self._clock() - self._began > WHOLE_S
+        return time.perf_counter() - self._began > WHOLE_S
 
     @property
     def found(self) -> dict[str, str]:
@@ -189,12 +183,12 @@ class Course:
             else:
                 return
             yield "pass"
-            smaller, began = list[Look](), self._clock()
+            smaller, began = list[Look](), time.perf_counter()
             for _ in range(8):
                 yield "time"
                 assert self._look is not None
                 smaller.append(self._look)
-                if self._clock() - began > CUT_S:
+                if time.perf_counter() - began > CUT_S:
                     break
             self.cut += smaller
             yield from self._writing(smaller)

@@ -173,8 +173,8 @@ class Lens:
     def gathered(self, step: StepState) -> None:
         """The gradients are there."""
         if self._ledger is not None:
-            self._ledger.note((param.grad for param in step.model.parameters()), "gradients")
-            self._ledger.note((param.grad for param in step.params), "gradients")
+            trained = (*step.params, *step.model.parameters())
+            self._ledger.note((param.grad for param in trained), "gradients")
 
     def took(self, step: StepState, result: StepResult) -> None:
         """A step is whole."""

@@ -6,10 +6,12 @@ that is said. Files are written whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -109,10 +111,14 @@ class Tracer:
             self._profiler = None
 
 
-def record_snapshot(on: bool) -> None:
-    """Begin or end to record what the CUDA allocator does."""
-    how: dict[str, Any] = {"max_entries": 200_000} if on else {"enabled": None}
-    torch.cuda.memory._record_memory_history(**how)
+@contextlib.contextmanager
+def recorded() -> Iterator[None]:
+    """Have what the CUDA allocator does recorded, whatever ends it."""
+    torch.cuda.memory._record_memory_history(max_entries=200_000)
+    try:
+        yield
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def write_snapshot(path: str) -> None:
