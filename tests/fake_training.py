@@ -3,8 +3,11 @@
 Needs no torch, so that the notebook's tests run on any kernel, old or new.
 """
 
+import contextlib
 import math
 import random
+import signal
+import threading
 import time
 
 from hybrid_magic.engine.control import RunControl
@@ -63,6 +66,22 @@ def step_record(step, **changed):
     return StepRecord(**values | changed)
 
 
+@contextlib.contextmanager
+def interrupt_at_the_end():
+    """Hold an interrupt back until a step is whole and told, as the engine does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    hit = []
+    before = signal.signal(signal.SIGINT, lambda *_: hit.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if hit:
+        raise KeyboardInterrupt
+
+
 class FakeTraining:
     """A loop like the engine's, without the engine: asks its control each step, tells its sink.
 
@@ -118,6 +137,10 @@ class FakeTraining:
             self.micro = 128
 
     def one_step(self):
+        with interrupt_at_the_end():
+            self.whole_step()
+
+    def whole_step(self):
         self.step += 1
         self.seen += self.size
         done = self.seen / (self.epochs * self.per_epoch)
