@@ -277,3 +277,22 @@ class Store:
         return number or type(error), (
             f"{begin}: {reason}; wanted a folder that can be written; mend that: {end}"
         )
+
+
+class NoStore:
+    """In place of a Store in a process that leaves the writing to another one."""
+
+    def check(self, needed_bytes: int) -> None:
+        """Nothing is written."""
+
+    def save(self, tree: Any, *, step: int) -> None:
+        """Nothing is written."""
+
+    def newest(self, accept: Any) -> None:
+        del accept
+
+    def problems(self) -> list[str]:
+        return []
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -53,13 +53,21 @@ NOTHING = Past()
 class StepData:
     """The micro-batches of one step, on the host. `sizes` are the samples that each truly holds.
 
-    `coming` is the first one on its way to the device, when its copy has begun already.
+    `coming` is the first one on its way to the device, when its copy has begun already. `whole` are
+    the sizes over all processes where several train and these are the share of one, which may have
+    fewer micro-batches in a step of few samples, or none.
     """
 
     batches: list[Any]
     sizes: list[int]
     probe: bool
     coming: Any = None
+    whole: list[int] | None = None
+
+    @property
+    def everyones(self) -> list[int]:
+        """The sizes over all processes."""
+        return self.sizes if self.whole is None else self.whole
 
 
 def behind(steps: Iterator[StepData], past: Past) -> Iterator[StepData]:

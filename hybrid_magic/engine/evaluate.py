@@ -6,12 +6,13 @@ Leaves modes as they were. The host reads nothing until the pass is over. Knows 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..errors import OutOfMemoryError
-from . import nested
+from . import nested, ranks, sharing
 from .device import attempt
 from .forward import forward
 from .prepare import modes_kept
@@ -30,6 +31,9 @@ def evaluate(state: StepState, loader: Any) -> dict[str, float]:
         HybridMagicError: a batch does not fit and cannot be cut any smaller.
     """
     sums: dict[str, tuple[Any, float]] = {}
+    group = ranks.current()
+    if group is not None:
+        loader = sharing.batches_of(loader, group)
     with modes_kept(state.model), torch.no_grad():
         state.model.eval()
         most = sys.maxsize
@@ -53,7 +57,17 @@ def evaluate(state: StepState, loader: Any) -> dict[str, float]:
                         "make the validation loader's batch smaller"
                     )
                 waiting[:0] = _pieces(piece, most)
-    return {name: float(total) / seen for name, (total, seen) in sums.items() if seen}
+    read = {name: (float(total), seen) for name, (total, seen) in sums.items()}
+    if group is not None:
+        read = _added(group.of_all(read))
+    return {name: total / seen for name, (total, seen) in read.items() if seen}
+
+
+def _added(parts: Sequence[dict[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    """Return the sums that several processes have found of their batches."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    held = {name: [part[name] for part in parts if name in part] for name in names}
+    return {name: (sum(t for t, _ in each), sum(n for _, n in each)) for name, each in held.items()}
 
 
 def _pieces(batch: Any, most: int) -> list[Any]:

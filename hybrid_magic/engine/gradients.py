@@ -128,6 +128,11 @@ class NoiseProbe:
         self._first, self._kept = [], None
 
     @property
+    def holds(self) -> bool:
+        """Whether a gradient was kept of the step in hand."""
+        return bool(self._first)
+
+    @property
     def waits(self) -> bool:
         """Whether the first gradient of a pair is held and the next step completes it."""
         return self._kept is not None

@@ -17,14 +17,15 @@ from ..errors import HybridMagicError
 from ..policy.steering import StepPlan
 from ..records import NoteRecord, Sink
 from ..run import Run
-from . import checkpoint, resume, schedule
+from . import checkpoint, ranks, resume, schedule
 from .checkpoint_copy import size_bytes
-from .checkpoint_store import Store
+from .checkpoint_store import NoStore, Store
 from .data import Past, Plan, Planner, StepData
 from .device import attempt
 from .progress import TrainState
 from .randomness import Boundary, all_states, put_all_back
 from .rewind import generators_of
+from .summing import same_buffers
 from .task import Task
 from .undo import Undo
 
@@ -39,7 +40,9 @@ class Keeper:
     def __init__(self, config: TrainConfig, loader: Any) -> None:
         """Keep the random states before anything is read of the loader."""
         assert config.checkpoint is not None
-        self._config, self._store = config, Store(config.checkpoint)
+        group = self._group = ranks.current()
+        writes = group is None or group.first
+        self._config, self._store = config, Store(config.checkpoint) if writes else NoStore()
         self._generators = generators_of(loader)
         self._between_steps = Boundary(self._generators)
         self._start = all_states(self._generators)  # as the epoch began
@@ -57,6 +60,11 @@ class Keeper:
         self._trained = 0  # steps of the epoch that is gone on with
 
     # -- the beginning --
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a checkpoint is to be taken before the next step."""
+        return time.perf_counter() >= self._due
 
     def open(
         self, task: Task, optimizer: torch.optim.Optimizer, run: Run, kind: str = "step"
@@ -85,6 +93,8 @@ class Keeper:
             resume.check(tree, kind, task, optimizer, own)
 
         self.tree, notes = resume.find(self._store, self._config, check)
+        if self._group is not None:
+            self.tree = self._group.of_first(self.tree)
         self._store.check(needed)
         task.notes[:0] = [*notes, *self._store.problems()]
         if self.tree is None:
@@ -178,7 +188,7 @@ class Keeper:
 
     def before_step(self, now: float) -> None:
         """Between two steps, before anything is read for the next one, at `now`."""
-        if now >= self._due:
+        if now >= self._due if self._group is None else self._group.agreed.due:
             self.hold()
             self.save()
         elif self._holds:
@@ -210,6 +220,8 @@ class Keeper:
         assert task is not None
         if state.epoch != self._epoch:
             self._begin_epoch()
+        if self._group is not None and outcome is None:
+            same_buffers(self._group, state.step_state.model)
         with state.interrupts.held():
             try:
                 tree = checkpoint.tree_of(state) | self._standing

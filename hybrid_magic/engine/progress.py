@@ -13,14 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config import TrainConfig
-from ..policy.facts import Settings, StepFacts
+from ..policy.facts import Settings
 from ..records import BatchChangeRecord, NoteRecord, Sink, StepRecord, ValidationRecord, both
 from ..run import Run
-from . import requests
+from . import ranks, requests, together
 from .control import RunControl
 from .data import StepData
 from .device import DeviceProbe
 from .evaluate import evaluate
+from .facts import Memory, facts_of
 from .precision import Precision
 from .prepare import Interrupts
 from .reading import Reading, read
@@ -28,7 +29,6 @@ from .schedule import ScheduleClock
 from .sizing import Sizing
 from .step_state import StepResult, StepState
 
-_Memory = tuple[int | None, int | None, bool]  # peaks, allocated and reserved; was it pressed
 LATE_STEPS = 8  # how far reading may lag behind a device that decides for itself whether to skip
 
 
@@ -52,7 +52,7 @@ class TrainState:
         self.run, self.probe = run, probe
         self.step = self.samples = self.epoch = self.in_epoch = 0
         self.epoch_from = 0  # the steps before this epoch
-        self.interrupts, self._control = interrupts, control
+        self.interrupts, self.obeyed = interrupts, control
         self.emit = both(run.add, sink)
         self.sizing = Sizing(settings, self.emit, None if replay is None else replay.sizes)
         self._precision_is_ours = config.precision == "auto" or (
@@ -68,6 +68,7 @@ class TrainState:
         self.sums: bool | None = None  # whether the loss is a sum over samples; known after a step
         self.epoch_loss = [0.0, 0]  # summed over the epoch's samples, and how many they are
         self.collapsed = False  # the loss scale fell below 1
+        self.shares = 1  # processes that train
 
     # -- what a step gave --
 
@@ -110,7 +111,7 @@ class TrainState:
         step: int,
         samples: int,
         result: StepResult,
-        memory: _Memory,
+        memory: Memory,
         retries: int,
         waited: float,
         seconds: float,
@@ -130,9 +131,10 @@ class TrainState:
             self.run.final_loss = loss
             self.epoch_loss[0] += loss * size
             self.epoch_loss[1] += size
+        micro = -(-max(result.sizes) // self.shares)
         self.emit(
             StepRecord(
-                step, samples, loss, seen.norm, result.lr, size, max(result.sizes),
+                step, samples, loss, seen.norm, result.lr, size, micro,
                 len(result.sizes), seen.skipped, retries, waited, seen.forward_s, seen.backward_s,
                 seen.optimizer_s, seconds, *memory[:2], self.noise_scale, seen.logged,
             )
@@ -149,23 +151,11 @@ class TrainState:
             self.emit(NoteRecord(reduction.note))
 
     def _steer(
-        self, step: int, result: StepResult, seen: Reading, loss: float, memory: _Memory
+        self, step: int, result: StepResult, seen: Reading, loss: float, memory: Memory
     ) -> None:
         """Tell the policy of a step and record what it changes."""
-        facts = StepFacts(
-            step=step,
-            sizes=tuple(result.sizes),
-            loss=loss,
-            grad_norm=seen.norm,
-            skipped=seen.skipped,
-            micro_seconds=seen.micro_s,
-            optimizer_seconds=seen.optimizer_s,
-            peaks=None if result.peaks is None else tuple(result.peaks),
-            peak_bytes=memory[0],
-            pressure=memory[2],
-            noise=seen.noise,
-        )
-        self.sizing.observe(facts)
+        group = self.step_state.together
+        self.sizing.observe(facts_of(step, result, seen, loss, memory, group))
         if seen.noise is not None:
             self.noise_scale = self.sizing.noise_scale
 
@@ -186,7 +176,7 @@ class TrainState:
             advice = "stop, and use --precision bf16 or fp32 (and look for NaN in the data)"
             self.emit(NoteRecord(f"this model does not train in fp16: {why}; {advice}"))
 
-    def _memory(self, result: StepResult) -> _Memory:
+    def _memory(self, result: StepResult) -> Memory:
         allocated, reserved = self.probe.peak_if_due()
         if pressed := allocated is not None:
             pressed = self.probe.pressure()
@@ -211,20 +201,24 @@ class TrainState:
         Raises:
             KeyboardInterrupt: the kernel was interrupted while the last step was made whole.
         """
-        control = self._control
+        control = self.obeyed
         if control is not None:
             if control.poll is not None:
                 control.poll()
             if control.mail and requests.answer(self, control):
                 return True
-        if self.interrupts.hit:
+        group = ranks.current()
+        if self.interrupts.hit if group is None else group.agreed.interrupted:
             raise KeyboardInterrupt
-        if self.step == self._steps or (
-            self._seconds is not None and self.trained() >= self._seconds
-        ):
+        if self.step == self._steps or (self.late if group is None else group.agreed.over):
             self.run.outcome = "finished"
             return True
         return False
+
+    @property
+    def late(self) -> bool:
+        """Whether the minutes are over that were asked for."""
+        return self._seconds is not None and self.trained() >= self._seconds
 
     def paused(self, seconds: float) -> None:
         """Leave `seconds` out of the run's training time."""
@@ -280,6 +274,7 @@ class TrainState:
     def close_books(self, error: BaseException | None) -> None:
         """Write down how the run ended, by `error` where it is not None."""
         run, state = self.run, self.step_state
+        together.ended_by(error)
         if state.steps > self.step:  # interrupted between its last step and this
             self._count(*state.newest)
         if isinstance(error, KeyboardInterrupt):

@@ -24,7 +24,7 @@ class Reading:
     backward_s: float
     optimizer_s: float
     micro_s: tuple[float, ...]
-    noise: tuple[float, float, int, int] | None
+    noise: tuple[float, float, float, int] | None
     logged: dict[str, float] | None
 
 
@@ -55,15 +55,16 @@ def read(result: StepResult, probe: DeviceProbe) -> Reading:
     return Reading(loss, norm, skipped, forward, backward, optimizer, tuple(micro), noise, logged)
 
 
-def _noise_pair(result: StepResult, values: list[float]) -> tuple[float, float, int, int]:
+def _noise_pair(result: StepResult, values: list[float]) -> tuple[float, float, float, int]:
     """Return (|g_small|^2, |g_large|^2, n_small, n_large) of a step that measured them.
 
-    For a cut step the first is |g_large|^2 + |g_small - g_large|^2: the same on average and far
-    less noisy. Of two steps compared the mean of their two norms is just that.
+    For a step that is cut, or shared by processes, the first is |g_large|^2 + |g_small -
+    g_large|^2: the same on average and far less noisy. Of two steps compared the mean of their two
+    norms is just that.
     """
     size = sum(result.sizes)
     if result.noise == "pair":
         this, before, both = values[len(result.weights) + result.gradients :][:3]
         return (this**2 + before**2) / 2, both**2, size, 2 * size
     apart, large = values[len(result.weights) + result.gradients :][:2]
-    return large**2 + apart**2, large**2, result.sizes[0], size
+    return large**2 + apart**2, large**2, result.small, size

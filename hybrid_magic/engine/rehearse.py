@@ -58,7 +58,8 @@ def size_first_step(ready: StepState, sizing: Sizing, first: StepData) -> None:
     Its first real step cannot be cut into small micro-batches, since they would change what
     BatchNorm learns; on a device whose memory is the limit the sizes are therefore rehearsed.
     """
-    if not ready.batch_statistics or not ready.device.late or len(first.sizes) != 1:
+    alone = ready.together is None
+    if not (ready.batch_statistics and ready.device.late and alone and len(first.sizes) == 1):
         return
     size, batch = first.sizes[0], first.batches[0]
     if nested.count(batch) != size or size < 16:

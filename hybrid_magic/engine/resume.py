@@ -15,7 +15,7 @@ from ..errors import HybridMagicError
 from ..records import NoteRecord, Sink
 from ..run import Run
 from . import checkpoint, nested
-from .checkpoint_store import Store
+from .checkpoint_store import NoStore, Store
 from .data import Feed, StepData
 from .randomness import all_states, put_all_back
 from .rewind import generators_of
@@ -29,7 +29,9 @@ _NAMES = {"val", "optimizer", "loss", "scheduler", "log"}  # names of things, wh
 _OF_THE_START = {"seed": "random numbers", "lr": "learning rate"}
 
 
-def find(store: Store, config: TrainConfig, check: Callable[[Any], None]) -> tuple[Any, list[str]]:
+def find(
+    store: Store | NoStore, config: TrainConfig, check: Callable[[Any], None]
+) -> tuple[Any, list[str]]:
     """Return the checkpoint to go on from, None to begin anew, and what the person is to know.
 
     Args:

@@ -35,7 +35,7 @@ def whole_step(
         HybridMagicError: the smallest possible micro-batch ran out of memory; nothing of the step
             is left.
     """
-    factor = sizing.lr_factor(sum(data.sizes))
+    factor = sizing.lr_factor(sum(data.everyones))
 
     work = functools.partial(train_step, state, lr_factor=factor, measure_peaks=measure_peaks)
     return until_it_fits(state, sizing, data, work)
@@ -50,8 +50,8 @@ def until_it_fits(
     Raises:
         As `whole_step`.
     """
-    if sizing.tight and not sizing.fits(data.sizes):  # planned before such a size failed
-        data = recut(data, sizing.recut(sum(data.sizes))) or data
+    if sizing.tight and not sizing.fits(data.everyones):  # planned before such a size failed
+        data = recut(data, _sizes(state, sizing, data)) or data
     retries = 0
     while True:
         before = _versions(data.batches)
@@ -80,14 +80,13 @@ def _smaller(
             f"{why}; wanted to start the step over, but it writes into its batch; let it write "
             "into a copy, e.g. x = x.clone()"
         )
-    sizes = sizing.recut(sum(data.sizes))
-    smaller = recut(data, sizes)
+    smaller = recut(data, _sizes(state, sizing, data))
     if smaller is None:
         raise OutOfMemoryError(
             f"{why}; wanted to cut it smaller, and this batch cannot be cut between samples; make "
             "the loader's batch smaller"
         )
-    if max(sizes) >= max(data.sizes):
+    if max(smaller.everyones) >= max(data.everyones):
         raise OutOfMemoryError(
             f"{why}; wanted room for the smallest micro-batch there can be; free the memory that "
             "others hold (%hybrid_free), or use --precision bf16, shorter samples, activation "
@@ -100,8 +99,12 @@ def recut(data: StepData, sizes: Sequence[int]) -> StepData | None:
     """Return a step's samples in micro-batches of `sizes`, None where they cannot be cut.
 
     Where the old micro-batches cannot be joined (they are padded to different lengths) each is cut
-    by itself, into none above the largest of `sizes`.
+    by itself, into none above the largest of `sizes`. Where several processes train, `sizes` are
+    over all of them, and these samples are cut in proportion.
     """
+    everyones = None if data.whole is None else list(sizes)
+    if everyones is not None:
+        sizes = cutting.proportional(sum(data.sizes), everyones)
     if any(nested.count(batch) != n for batch, n in zip(data.batches, data.sizes, strict=True)):
         return None
     batches, lengths, wanted = data.batches, data.sizes, list(sizes)
@@ -121,7 +124,13 @@ def recut(data: StepData, sizes: Sequence[int]) -> StepData | None:
             size = next(ends)
             pieces.append(nested.rows(batch, start, start + size))
             start += size
-    return StepData(pieces, wanted, data.probe and len(wanted) > 1)
+    return StepData(pieces, wanted, data.probe and len(wanted) > 1, whole=everyones)
+
+
+def _sizes(state: StepState, sizing: Sizing, data: StepData) -> Sequence[int]:
+    """Return how a step's samples are to be cut as things stand, over all processes."""
+    sizes = sizing.recut(sum(data.everyones))
+    return sizes if state.together is None else cutting.merged(sizes, state.together.ranks.least)
 
 
 def _detached(leaf: Any) -> Any:

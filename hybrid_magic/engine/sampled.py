@@ -32,8 +32,14 @@ def open_feed(loader: Any, name: str, *, workers: int | None = None, pin: bool =
     """Return the feed of `loader`; `workers` replaces its number of worker processes.
 
     Raises:
-        HybridMagicError: `loader` is not something that yields batches, or yields none.
+        HybridMagicError: as `check_loader`.
     """
+    check_loader(loader, name)
+    return SampledFeed(loader, workers, pin) if is_standard(loader) else SplitFeed(loader, name)
+
+
+def check_loader(loader: Any, name: str) -> None:
+    """Raise HybridMagicError where `loader` is not something that yields batches, or has none."""
     try:
         empty = len(loader) == 0
     except (TypeError, NotImplementedError):
@@ -42,14 +48,11 @@ def open_feed(loader: Any, name: str, *, workers: int | None = None, pin: bool =
         raise HybridMagicError(
             f"{name} is empty; wanted at least one batch; check its dataset (and drop_last)"
         )
-    if is_standard(loader):
-        return SampledFeed(loader, workers, pin)
     if not hasattr(loader, "__iter__") or isinstance(loader, (torch.nn.Module, Mapping, str)):
         raise HybridMagicError(
             f"{name} is a {type(loader).__name__}; wanted a DataLoader or an iterable of batches; "
             "name your training loader"
         )
-    return SplitFeed(loader, name)
 
 
 def is_standard(loader: Any) -> TypeGuard[DataLoader[Any]]:
@@ -170,8 +173,14 @@ class SampledFeed:
 
     def _indexed(self) -> Iterator[Any]:
         """Yield what the loader would, by indexing whole tensors: the same values, far cheaper."""
-        # A DataLoader's iterator draws its workers' base seed when it is made; so must this.
+        self._draw_base_seed()
+        yield from self._rows()
+
+    def _draw_base_seed(self) -> None:
+        """Draw what a DataLoader's iterator draws when it is made: its workers' base seed."""
         torch.empty((), dtype=torch.int64).random_(generator=self._generator)
+
+    def _rows(self) -> Iterator[Any]:
         tensors, order = self._tensors or ([], None)
         for taken in self.indices():
             if type(taken[0]) is not int:  # tensors or NumPy integers, which index otherwise

@@ -22,7 +22,7 @@ from ..errors import ConfigError, HybridMagicError
 from ..policy import steering
 from ..records import BatchChangeRecord, NoteRecord, StartRecord
 from ..run import Run
-from . import checkpoint, lens, rehearse
+from . import checkpoint, lens, ranks, rehearse
 from . import precision as precisions
 from .data import StepData
 from .device import DeviceProbe
@@ -35,6 +35,7 @@ from .progress import TrainState
 from .schedule import ScheduleClock
 from .step_state import StepState
 from .task import Task, has_batch_statistics, infer_step
+from .together import Together
 from .transaction import Transaction
 from .undo import Undo
 
@@ -164,6 +165,8 @@ def open_state(
             )
         else:
             ready.precision, reason = task.precision, "as before"
+        if ready.together is not None:
+            ready.precision, reason = ready.together.of_first(ready.precision, reason, probe.device)
     if use_fast_formats(undo, task.model, ready.precision, probe.device) and not task.adopted:
         ready.mover = mover_for(probe.device, channels_last=True)
     make_up_front(optimizer, made)
@@ -212,6 +215,7 @@ def _step_state(
         settle=rehearse.settle_reduction if task.rehearses else None,
         transaction=Transaction(task.model, optimizer, params, probe.device),
         adopted=task.adopted,
+        together=None if (group := ranks.current()) is None else Together(group),
     )
 
 
@@ -263,7 +267,7 @@ def _start(
     parameters = {id(param): param for param in (*task.model.parameters(), *held)}.values()
     return StartRecord(
         model=type(task.model).__name__,
-        device=probe.name,
+        device=probe.name if (group := ranks.current()) is None else f"{group.size} x {probe.name}",
         precision=precision,
         optimizer=type(optimizer).__name__,
         base_batch_size=task.feed.base,

@@ -20,6 +20,7 @@ from . import reduction
 from .data import StepData
 from .forward import forward, log, watched_forward
 from .gradients import gradient_norms, stacked
+from .step_gradients import clip, noise_measured, unscale
 from .step_state import Gathered, StepResult, StepState
 
 
@@ -36,7 +37,10 @@ def train_step(
     Raises:
         Whatever the person's own step raises, and HybridMagicError when it returns no loss.
     """
-    return apply(state, accumulate(state, data, measure_peaks=measure_peaks), lr_factor)
+    gathered = accumulate(state, data, measure_peaks=measure_peaks)
+    if state.together is None:
+        return apply(state, gathered, lr_factor)
+    return state.together.sure(apply, state, gathered, lr_factor)
 
 
 # -- the first half: gradients --
@@ -58,10 +62,19 @@ def accumulate(
     """
     begin(state, data)
     gathered = gather(state, data, before)
-    mark, spans = state.device.mark, gathered.spans
-    gathered.peaks = peaks = [] if measure_peaks and before is None else None
+    gathered.peaks = [] if measure_peaks and before is None else None
+    if state.together is None:
+        _passes(state, data, gathered)
+        return finish(state, gathered)
+    state.together.passes(state, data, gathered, lambda: _passes(state, data, gathered))
+    return state.together.sure(finish, state, gathered)
+
+
+def _passes(state: StepState, data: StepData, gathered: Gathered) -> None:
+    """Do the forward and backward passes of a step's micro-batches."""
+    mark, spans, peaks = state.device.mark, gathered.spans, gathered.peaks
     coming, mover = data.coming, state.mover
-    if mover is not None and coming is None:
+    if mover is not None and coming is None and data.batches:
         coming = mover.send(data.batches[0])
     for number, batch in enumerate(data.batches):
         if peaks is not None:
@@ -74,6 +87,7 @@ def accumulate(
                 coming = mover.send(data.batches[number + 1])
         if gathered.factors is None:
             loss, extra, found = watched_forward(state, data, moved)
+            gathered.reduction = found
             if found is not None:
                 gathered.factors = reduction.weights(found, data.batches, data.sizes)
         else:
@@ -91,12 +105,13 @@ def accumulate(
             peaks.append(state.device.peak()[0])
         gathered.since = mark()
         spans.append((start, middle, gathered.since))
-    return finish(state, gathered)
 
 
 def begin(state: StepState, data: StepData) -> None:
     """Open a step on `data`: from here on it can be taken back."""
-    state.running = max(data.sizes)
+    state.running = max(data.sizes, default=0)
+    if state.together is not None:
+        state.together.ranks.draw_apart(1, state.steps)
     state.transaction.begin(state.steps, state.precision, found=state.adopted)
     if state.lens is not None:
         state.lens.begin(state, data)
@@ -109,13 +124,16 @@ def gather(state: StepState, data: StepData, before: Gathered | None = None) -> 
         state.noise.forget()
     probing = not found and (data.probe or state.noise.waits) and state.noise.begin(state.steps)
     gathered = Gathered(data, None, before, probing)
+    if state.together is not None:
+        gathered.shared, gathered.probing, probing = probing, False, False
     gathered.paired = probing and (state.batch_statistics or len(data.batches) == 1)
     if before is None:
-        gathered.sizes = data.sizes
+        gathered.sizes = data.everyones
     else:
         gathered.sizes = [*before.sizes, *data.sizes]
         gathered.weights, gathered.losses = list(before.weights), list(before.losses)
         gathered.spans, gathered.ends = list(before.spans), list(before.ends)
+    gathered.reduction = state.reduction
     if state.reduction is not None:
         gathered.factors = reduction.weights(state.reduction, data.batches, data.sizes)
     return gathered
@@ -164,7 +182,7 @@ def finish(state: StepState, gathered: Gathered) -> Gathered:
     Where nothing is to be trained `values` stays None, and the step is to be closed.
     """
     data = gathered.data
-    state.running = max(data.sizes)  # what is left of the step is no micro-batch's
+    state.running = max(data.sizes, default=0)  # what is left of the step is no micro-batch's
     if gathered.idle:
         if gathered.idle < len(data.batches):
             raise HybridMagicError(
@@ -173,7 +191,7 @@ def finish(state: StepState, gathered: Gathered) -> Gathered:
             )
         return gathered
     if state.precision.scaler is not None:
-        _unscale(state, gathered)
+        unscale(state, gathered)
     if state.adopted:
         state.transaction.join()
     if state.lens is not None:
@@ -186,41 +204,14 @@ def finish(state: StepState, gathered: Gathered) -> Gathered:
         )
     gathered.norms = norms = gradient_norms(grads)
     measured: list[Tensor] = []
-    if gathered.paired or gathered.apart:
-        measured, gathered.noise = _measured(state, gathered)
+    if gathered.paired or gathered.apart or gathered.shared:
+        measured, gathered.noise = noise_measured(state, gathered)
     gathered.before = None
     gathered.told = stacked([*gathered.losses, *norms, *measured, *gathered.logged.values()])
     gathered.values = state.device.fetch(gathered.told)
     if state.adopted:
         gathered.until = state.device.mark()
     return gathered
-
-
-def _unscale(state: StepState, gathered: Gathered) -> None:
-    """Divide the new gradients by the loss scale; what overflowed before still counts."""
-    scaler: Any = state.precision.scaler
-    scaler._per_optimizer_states.pop(id(state.optimizer), None)  # it refuses to do so twice
-    scaler.unscale_(state.optimizer)
-    stage = scaler._per_optimizer_states[id(state.optimizer)]
-    gathered.found_inf = found = stage["found_inf_per_device"]
-    if gathered.before is not None:
-        for device, earlier in gathered.before.found_inf.items():
-            found[device] = found[device] + earlier if device in found else earlier
-    if state.precision.ours:  # the plain loop leaves these scaled
-        state.transaction.unscale_others(scaler)
-
-
-def _measured(state: StepState, gathered: Gathered) -> tuple[list[Tensor], str | None]:
-    """Return the norms of a noise measurement, and of which kind they are; none on the first step
-    of a pair."""
-    if gathered.paired:
-        pair = state.noise.pair(sum(gathered.sizes))
-        return ([], None) if pair is None else (list(pair), "pair")
-    factor: float | Tensor = 1.0 / gathered.apart
-    if state.precision.scaler is not None:  # what was kept is scaled
-        one = torch.ones((), device=state.device.device)
-        factor = factor / state.precision.scaler.scale(one)
-    return list(state.noise.cut(factor)), "cut"
 
 
 # -- the second half: weights --
@@ -250,7 +241,7 @@ def apply(state: StepState, gathered: Gathered, lr_factor: float = 1.0) -> StepR
             state.transaction.keep_buffers()
     else:
         if state.clip is not None:
-            _clip(state, gathered, state.clip)
+            clip(state, gathered, state.clip)
         if state.skip_on_device:
             optimizer.found_inf = (~torch.isfinite(told[:judged]).all()).float()
             state.transaction.keep_buffers(~torch.isfinite(told[:losses]).all())
@@ -270,19 +261,11 @@ def apply(state: StepState, gathered: Gathered, lr_factor: float = 1.0) -> StepR
     result = StepResult(
         gathered.sizes, lr, lr_factor, values, gathered.weights, len(gathered.norms),
         gathered.noise, tuple(gathered.logged), skipped, gathered.spans, gathered.ends,
-        gathered.peaks,
+        gathered.peaks, gathered.small, gathered.aligned,
     )  # fmt: skip
     if state.lens is not None:
         state.lens.took(state, result)
     return result
-
-
-def _clip(state: StepState, gathered: Gathered, most: float) -> None:
-    """Scale the gradients down to a norm of `most`; the person may have changed theirs since."""
-    grads = [param.grad for param in state.params if param.grad is not None]
-    norms = gradient_norms(grads) if state.adopted else gathered.norms
-    norm = torch.linalg.vector_norm(torch.stack(norms))
-    torch._foreach_mul_(grads, (most / (norm + 1e-6)).clamp(max=1.0))
 
 
 def take_step(optimizer: torch.optim.Optimizer, lr_factor: float = 1.0) -> None:

@@ -56,6 +56,7 @@ class StepState:
     scales: dict[float, Tensor] = field(default_factory=dict)
     adopted: bool = False
     lens: Any = None  # an open `lens.Lens`, told where a step begins and where it is whole
+    together: Any = None  # a `together.Together`, where several processes train the model
 
 
 @dataclass(slots=True)
@@ -72,6 +73,11 @@ class Gathered:
     probing: bool = False  # the noise is measured
     paired: bool = False  # over two steps
     apart: float = 0.0  # the weight of the first micro-batch, where its gradient was kept
+    shared: bool = False  # over several processes
+    small: float = 0.0  # samples behind the smaller gradient
+    count: float = 0.0  # what this process's micro-batches count for in the mean
+    aligned: bool = True  # every process has as many micro-batches
+    reduction: Reduction | None = None  # how the losses are reduced
     factors: list[float] | None = None  # of each micro-batch's loss
     sizes: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
@@ -111,4 +117,6 @@ class StepResult:
     spans: list[tuple[Any, Any, Any]] = field(default_factory=list)
     ends: list[tuple[Any, Any]] = field(default_factory=list)
     peaks: list[int | None] | None = None
+    small: float = 0.0  # samples behind the smaller gradient of a noise measurement
+    aligned: bool = True  # `spans` are of all the sizes
     reading: Any = None  # what was read of it already

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..config import TrainConfig
 from ..errors import ConfigError, HybridMagicError
+from . import ranks, sharing
 from .checks import check_model, check_optimizer, check_scheduler, check_val
 from .data import Feed
 from .placement import choose_device
@@ -90,9 +91,10 @@ def describe(
             f"{called['loader']} can be read only once, and --epochs is {config.epochs}; wanted "
             "something that can be read again; make it a list or a DataLoader"
         )
-    device = choose_device(config.device, model)
+    device = choose_device(ranks.device_of(config.device), model)
     pin = device.type == "cuda"
-    feed = open_feed(loader, called["loader"], workers=config.workers, pin=pin)
+    opened = open_feed if ranks.current() is None else sharing.open_shared_feed
+    feed = opened(loader, called["loader"], workers=config.workers, pin=pin)
     task = Task(model, device, feed, step, loss, optimizer, scheduler, val, called, loader=loader)
     if feed.note:
         task.notes.append(feed.note)

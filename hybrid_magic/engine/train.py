@@ -18,6 +18,7 @@ from ..config import TrainConfig
 from ..errors import HybridMagicError, OutOfMemoryError
 from ..records import Sink
 from ..run import Run
+from . import ranks, together
 from .control import RunControl
 from .data import StepData
 from .device import attempt, probe_for
@@ -125,6 +126,7 @@ def _train(
             with interrupts.interruptible(), random_state_kept_on_error():
                 if config.seed is not None:
                     seed_everything(config.seed)
+                group = ranks.join()
                 keeper = None if config.checkpoint is None else Keeper(config, loader)
                 task = describe(model, loader, step, config, names=names, **given)
                 undo.push(task.feed.close)
@@ -133,12 +135,14 @@ def _train(
                 run = Run(config=config.as_json(), environment=environment(probe))
                 optimizer = make_optimizer(task, config, probe)
                 limits = settings_for(task, config, probe, optimizer)
+                limits = together.begin(group, task, optimizer, limits)
                 if keeper is not None:
                     undo.push(keeper.close)
                     run = keeper.open(task, optimizer, run)
                     if keeper.over:
                         return keeper.run_that_is_over(optimizer, run, sink)
                 state = TrainState(run, sink, control, interrupts, config, probe, limits, replay)
+                together.attach(group, state, keeper)
                 if keeper is not None:
                     keeper.attach(state)
                 stream, first = _first_step(task, state, keeper)
@@ -146,6 +150,7 @@ def _train(
             undo.push(watch.end)
             prepare(undo, model, optimizer, task.criterion, probe.device)
             tree = None if keeper is None else keeper.begin(undo)
+            undo.push(lambda: together.end(model, undo.error))
             open_state(task, config, probe, optimizer, state, first, undo, lambda: undo.error, tree)
             watch.begin()
             _loop(task, state, watch, stream, keeper)

@@ -13,6 +13,7 @@ import torch
 
 from ..records import TelemetryRecord
 from ..telemetry import sampling
+from . import ranks
 from .machine import identity
 from .progress import TrainState
 
@@ -29,7 +30,8 @@ class Watch:
         self.readings: deque[Any] = deque()
         self._telemetry: sampling.Telemetry | None = None
         self._begun = False
-        if watching:
+        group = ranks.current()
+        if watching and (group is None or group.first):
             device, named = state.probe.device, (None, None)
             if device.type == "cuda":
                 named = identity(torch.cuda.get_device_properties(device))

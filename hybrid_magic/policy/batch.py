@@ -5,7 +5,8 @@ Knows sizes only: no memory, no time, no statistics. Every cut sums to n, in the
 
 from __future__ import annotations
 
-from itertools import takewhile
+from collections.abc import Sequence
+from itertools import accumulate, pairwise, takewhile
 
 
 def ladder(most: int) -> list[int]:
@@ -88,3 +89,30 @@ def rising(n: int, top: int, *, least: int = 2) -> tuple[int, ...]:
     if 0 < rest < least:
         sizes[-1], rest = sizes[-1] + rest, 0
     return (*sizes, *split(rest, top, floor=least)) if rest else tuple(sizes)
+
+
+def share(n: int, rank: int, ranks: int) -> tuple[int, int]:
+    """Return where the share of process `rank` in `n` samples begins and ends; the first ones have
+    one more where they are not alike."""
+    return -(-n * rank // ranks), -(-n * (rank + 1) // ranks)
+
+
+def merged(sizes: Sequence[int], least: int) -> list[int]:
+    """Return micro-batches put together with their neighbours until each has `least` samples."""
+    found: list[int] = []
+    for size in sizes:
+        if found and found[-1] < least:
+            found[-1] += size
+        else:
+            found.append(size)
+    if len(found) > 1 and found[-1] < least:
+        found[-2:] = [found[-2] + found[-1]]
+    return found
+
+
+def proportional(n: int, whole: Sequence[int]) -> list[int]:
+    """Return how a process cuts its `n` samples of a step whose micro-batches have `whole` samples
+    over all processes: as many pieces, or fewer where it has fewer samples."""
+    total = sum(whole)
+    ends = [-(-end * n // total) for end in accumulate(whole)]
+    return [end - start for start, end in pairwise([0, *ends]) if end > start]

@@ -109,4 +109,4 @@ class StepFacts:
     peaks: tuple[int | None, ...] | None = None
     peak_bytes: int | None = None
     pressure: bool = False
-    noise: tuple[float, float, int, int] | None = None
+    noise: tuple[float, float, float, int] | None = None

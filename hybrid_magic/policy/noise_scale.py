@@ -54,7 +54,7 @@ def init() -> NoiseState:
 
 
 def update(
-    state: NoiseState, sq_norm_small: float, sq_norm_large: float, n_small: int, n_large: int
+    state: NoiseState, sq_norm_small: float, sq_norm_large: float, n_small: float, n_large: int
 ) -> NoiseState:
     """Return `state` with one more probe; a probe that is not finite is left out.
 

@@ -1,0 +1,124 @@
+"""The tensors of a model over all processes: gradients summed, buffers and beginnings alike.
+
+Gradients travel in buckets that are made once, so that summing them takes no memory that a step may
+not have. All are sent before the first is waited for. Knows no step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HybridMagicError
+from .ranks import Ranks
+
+_BUCKET_BYTES = 25 << 20  # as DistributedDataParallel's
+
+
+class Sum:
+    """Sums the gradients of one run."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._buckets: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+
+    def gradients(self, params: Sequence[Tensor], factor: float, *, lacking: bool) -> None:
+        """Give every parameter the sum of all processes' gradients, each times its `factor`.
+
+        Args:
+            lacking: some process has a parameter without a gradient. It counts as nothing there,
+                and stays without one where no process has one.
+        Raises:
+            HybridMagicError: a gradient is sparse.
+            PeerLost: a process is gone.
+        """
+        if lacking:
+            held = self._ranks.most([float(param.grad is not None) for param in params])
+            params = [param for param, one in zip(params, held, strict=True) if one]
+        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for param in params:
+            if param.grad is not None and param.grad.is_sparse:
+                raise HybridMagicError(
+                    "a gradient is sparse, and those are not summed over processes; wanted dense "
+                    "ones; make the embedding with sparse=False, or leave --processes out"
+                )
+            groups.setdefault((param.device, param.dtype), []).append(param)
+        sent = [
+            (bucket, part, self._ranks.add_up(bucket))
+            for place, group in groups.items()
+            for number, part in enumerate(_parts(group))
+            for bucket in [self._filled((*place, number), part, factor)]
+        ]
+        for bucket, part, work in sent:
+            self._ranks.done(work)
+            for param, summed in zip(part, bucket.split([p.numel() for p in part]), strict=True):
+                if param.grad is None:
+                    param.grad = summed.view_as(param).clone()
+                else:
+                    param.grad.copy_(summed.view_as(param))
+
+    def _filled(
+        self, place: tuple[torch.device, torch.dtype, int], part: list[Tensor], factor: float
+    ) -> Tensor:
+        """Return the bucket of some parameters, with their gradients."""
+        n, bucket = sum(map(Tensor.numel, part)), self._buckets.get(place)
+        if bucket is None or bucket.numel() != n:
+            bucket = self._buckets[place] = torch.empty(n, device=place[0], dtype=place[1])
+        for param, room in zip(part, bucket.split([p.numel() for p in part]), strict=True):
+            if param.grad is None:
+                room.zero_()
+            else:
+                room.view_as(param).copy_(param.grad)
+        return bucket if factor == 1.0 else bucket.mul_(factor)
+
+
+def _parts(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield parameters in runs of about a bucket's size."""
+    part: list[Tensor] = []
+    held = 0
+    for param in params:
+        part.append(param)
+        held += param.numel() * param.element_size()
+        if held >= _BUCKET_BYTES:
+            yield part
+            part, held = [], 0
+    if part:
+        yield part
+
+
+def same_start(ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give every process the first one's weights, buffers and optimizer state.
+
+    Raises:
+        HybridMagicError: the models of the processes are not alike.
+    """
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    held = {id(each): each for each in (*model.parameters(), *params, *model.buffers())}
+    shape = [(tuple(each.shape), str(each.dtype)) for each in held.values()]
+    if any(other != shape for other in ranks.of_all(shape)):
+        raise HybridMagicError(
+            f"the {ranks.size} processes have made different models; wanted the same one in each; "
+            "make it without a look at the rank"
+        )
+    with torch.no_grad():
+        for each in held.values():
+            ranks.take_first(each)
+    state = ranks.of_first(optimizer.state_dict())
+    if state["state"] and not ranks.first:
+        optimizer.load_state_dict(state)
+
+
+def same_buffers(ranks: Ranks, model: nn.Module) -> None:
+    """Give every process the same buffers: the mean of what batch norms have learned, the first
+    one's of all others."""
+    norms = [part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    learned = {id(each) for part in norms for each in (part.running_mean, part.running_var)}
+    with torch.no_grad():
+        for buffer in model.buffers():
+            if id(buffer) in learned:
+                ranks.done(ranks.add_up(buffer))
+                buffer.div_(ranks.size)
+            else:
+                ranks.take_first(buffer)
