@@ -6,6 +6,7 @@ again from there, and what was trained is gone past. Nothing of the loop waits f
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -94,7 +95,7 @@ class Keeper:
 
         self.tree, notes = resume.find(self._store, self._config, check)
         if self._group is not None:
-            self.tree = self._group.of_first(self.tree)
+            self.tree = _of_first(self._group, self.tree)
         self._store.check(needed)
         task.notes[:0] = [*notes, *self._store.problems()]
         if self.tree is None:
@@ -286,3 +287,12 @@ class Keeper:
         finally:
             interrupts.at_once, interrupts.ending = found
             self._tell()
+
+
+def _of_first(group: ranks.Ranks, tree: Any) -> Any:
+    """Return the tree that the first of several processes has read."""
+    held = io.BytesIO()
+    if tree is not None:
+        torch.save(tree, held)
+    told = group.of_first(held.getvalue())
+    return torch.load(io.BytesIO(told), weights_only=True) if told and not group.first else tree
