@@ -20,7 +20,8 @@ class StartRecord:
     `samples_per_epoch` is None when the loader cannot tell; `epochs`, `steps` and `minutes` are the
     ends asked for, None where not asked. `memory_budget_bytes` is what `--memory` allows and
     `device_bytes` what the device has; both None where the device cannot tell. `steered` says
-    whether the global batch is; the last three are what the policy begins with.
+    whether the global batch is; the next three are what the policy begins with. Each of
+    `processes` trains its share of every step.
     """
 
     model: str
@@ -39,11 +40,16 @@ class StartRecord:
     max_batch_size: int | None = None
     growth_factor: float | None = None
     stability_threshold: float | None = None
+    processes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One optimizer step; `loss` is the mean over its samples (valid targets where counted)."""
+    """One optimizer step; `loss` is the mean over its samples (valid targets where counted).
+
+    Of several processes, `microbatch_size` is what each holds at once, and times and memory are
+    those of the first.
+    """
 
     step: int
     samples_seen: int

@@ -79,7 +79,8 @@ def one_step_ahead(steps: Iterable[StepData], mover: Mover) -> Iterator[StepData
     """
     held: StepData | None = None
     for step in steps:
-        step.coming, _ = attempt(mover.send, step.batches[0])  # no room yet: sent in its step
+        if step.batches:
+            step.coming, _ = attempt(mover.send, step.batches[0])  # no room yet: sent in its step
         if held is not None:
             yield held
         held = step

@@ -282,6 +282,7 @@ def _start(
         max_batch_size=settings.max_batch,
         growth_factor=settings.growth_factor,
         stability_threshold=settings.stability_threshold,
+        processes=1 if group is None else group.size,
     )
 
 

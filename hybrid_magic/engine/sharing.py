@@ -163,7 +163,7 @@ class SharedFeed(SampledFeed):
         ranks, found = self._ranks, None
         if ranks.first:
             salt = zlib.crc32(torch.get_rng_state().numpy().tobytes())
-            found = [*itertools.islice(self._sampler, len(self._sampler))], salt
+            found = list(self._sampler), salt
         order, ranks.salt = ranks.of_first(found)
         if self._drop_last:
             del order[len(order) // self.base * self.base :]

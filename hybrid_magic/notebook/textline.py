@@ -48,7 +48,8 @@ class TextLine:
             return
         done, total = getattr(last, self._count), self._bar.total
         self._bar.n = done if total is None else min(done, total)
-        batch = q.batch(last.global_batch_size, last.microbatch_size, last.accumulation_steps)
+        micro, pieces = last.microbatch_size, last.accumulation_steps
+        batch = q.batch(last.global_batch_size, micro, pieces, self._scene.start.processes)
         self._bar.set_postfix_str(f"loss {q.value(last.loss)}, batch {batch}", refresh=False)
         self._bar.refresh()
 

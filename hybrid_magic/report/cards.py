@@ -34,7 +34,7 @@ def cards(trace: Trace, start: StartRecord, changes: Iterable[BatchChangeRecord]
         each = [
             _loss_card(frame, buckets),
             _memory_card(frame, buckets, start),
-            _batch_card(frame, buckets, changes),
+            _batch_card(frame, buckets, changes, start.processes),
             _time_card(frame, buckets),
         ]
     else:  # as high as they will be, so that nothing below moves when they come
@@ -179,7 +179,10 @@ def _level(readings: Iterable[tuple[int, int | None]], last: int) -> list[tuple[
 
 
 def _batch_card(
-    frame: _Frame, buckets: Sequence[Bucket], changes: Iterable[BatchChangeRecord]
+    frame: _Frame,
+    buckets: Sequence[Bucket],
+    changes: Iterable[BatchChangeRecord],
+    processes: int,
 ) -> str:
     sizes = settled([bucket.global_batch_size for bucket in buckets])
     micro_sizes = settled([bucket.microbatch_size for bucket in buckets])
@@ -200,10 +203,10 @@ def _batch_card(
             )
     drawing = "".join(marks) + frame.line(whole, low, high, BLUE)
     drawing += frame.line(micro, low, high, ORANGE, 'stroke-dasharray="5 5"')  # both where equal
-    pieces = -(-sizes[-1] // max(1, micro_sizes[-1]))
-    even = sizes[-1] == pieces * micro_sizes[-1]
-    now = q.batch(sizes[-1], micro_sizes[-1], pieces)
-    now = now if even else f"{q.count(sizes[-1])} in {q.count(pieces)} pieces"
+    pieces = -(-sizes[-1] // max(1, micro_sizes[-1] * processes))
+    even = sizes[-1] == pieces * micro_sizes[-1] * processes
+    now = q.batch(sizes[-1], micro_sizes[-1], pieces, processes)
+    now = now if even else f"{q.count(sizes[-1])} in {q.count(pieces * processes)} pieces"
     key = [(BLUE, "global"), (ORANGE, "micro")]
     key += [(GREEN, "decision")] * (GREEN in marked) + [(PURPLE, "yours")] * (PURPLE in marked)
     return _card("Batch", now, drawing, key)

@@ -195,16 +195,19 @@ def _loss(run: Run) -> str:
 
 
 def _batches(run: Run) -> str:
-    first, last = run.history[0], series.last_whole_step(run.history)
-    said = f"{_batch(first)} at the start"
-    if _batch(first) != _batch(last):
-        said += f", {_batch(last)} at the end"
+    processes = 1 if run.start is None else run.start.processes
+    steps = run.history[0], series.last_whole_step(run.history)
+    first, last = (_batch(step, processes) for step in steps)
+    said = f"{first} at the start"
+    if first != last:
+        said += f", {last} at the end"
     number = len(run.changes)
     return f"{said}; {q.count(number) if number else 'no'} decision{'' if number == 1 else 's'}"
 
 
-def _batch(record: StepRecord) -> str:
-    return q.batch(record.global_batch_size, record.microbatch_size, record.accumulation_steps)
+def _batch(record: StepRecord, processes: int) -> str:
+    micro, pieces = record.microbatch_size, record.accumulation_steps
+    return q.batch(record.global_batch_size, micro, pieces, processes)
 
 
 def _title(what: str, everything: Sequence[object], shown: Sequence[object]) -> str:
