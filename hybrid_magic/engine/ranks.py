@@ -62,12 +62,14 @@ class Ranks:
     """
 
     def __init__(self) -> None:
+        self.local_rank = int(os.environ["LOCAL_RANK"])
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
         if not dist.is_initialized():
-            cuda = torch.cuda.is_available()
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
             atexit.register(_leave_group)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
         self.waiting: float | None = None
         self.broken = False
         self.least = self.size  # samples of a micro-batch over all processes
@@ -186,11 +188,12 @@ class Ranks:
             work.wait()
 
     def take_first(self, tensor: Tensor) -> None:
-        """Write the first process's `tensor` into everyone's."""
-        value = tensor.detach().contiguous()
+        """Write the first process's `tensor` into everyone's, by way of the host: before a run
+        all of them may be on the same GPU."""
+        value = tensor.detach().cpu().contiguous()
         with self._waiting():
-            dist.broadcast(value, src=0)
-        if value.data_ptr() != tensor.data_ptr():
+            dist.broadcast(value, src=0, group=self._host)
+        if not self.first:
             tensor.copy_(value)
 
     # -- random numbers --
@@ -254,8 +257,6 @@ def join() -> Ranks | None:
     started = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
     if _here is None and started and dist.is_available():
         _here = Ranks()
-        if torch.cuda.is_available():
-            torch.cuda.set_device(_here.local_rank % torch.cuda.device_count())
     return _here
 
 
