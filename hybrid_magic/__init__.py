@@ -60,7 +60,7 @@ def load_ipython_extension(shell: Any) -> None:
 
 def __getattr__(name: str) -> Any:
     if name == "train":
-        from .engine.train import train
+        from .launch.train import train
 
         return train
     if name == "ablate":

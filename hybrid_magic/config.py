@@ -148,7 +148,7 @@ class TrainConfig:
     checkpoint: str | None = _option(None, read.text, "DIR", "write checkpoints to the folder DIR")
     resume: bool = _option(False, read.flag, "", "go on from the newest checkpoint in DIR")
     processes: int = _option(
-        1, read.integer(1), "N", "data-parallel over N local processes (not built yet)"
+        1, read.integer(1), "N", "train in N processes of this machine, a GPU each, or on the CPU"
     )
     o: str | None = _option(None, read.name, "NAME", "put the Run into NAME", flag="-o")
     plain: bool = _option(False, read.flag, "", "text only, no widgets")
@@ -229,6 +229,7 @@ class AblateConfig(TrainConfig):
                 f"--checkpoint {self.checkpoint} is for one run, and an ablation is many; wanted "
                 "no checkpoint; leave it out"
             )
+        _refuse_processes(self, "an ablation compares runs of one process")
         mixed = [name for name in self.variants if "mp" in name.split("+")]
         if mixed and self.precision == "fp32":
             raise ConfigError(
@@ -255,6 +256,10 @@ class ProfileConfig(TrainConfig):
         None, read.text, "FILE", "write the CUDA allocator's history of one step to FILE (.pickle)"
     )
 
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        _refuse_processes(self, "a profile looks at the steps of one process")
+
 
 def flag_of(item: dataclasses.Field[Any]) -> str:
     """Return the option's spelling in a magic: `--max-batch` for the field `max_batch`."""
@@ -262,13 +267,17 @@ def flag_of(item: dataclasses.Field[Any]) -> str:
 
 
 def _refuse_unbuilt(config: TrainConfig) -> None:
-    asked = {
-        "--compile": config.compile,
-        "--cache": config.cache != "off",
-        "--processes": config.processes != 1,
-    }
+    asked = {"--compile": config.compile, "--cache": config.cache != "off"}
     for flag in (flag for flag, given in asked.items() if given):
         raise ConfigError(f"{flag} is not built yet; no run was started; leave it out")
+
+
+def _refuse_processes(config: TrainConfig, why: str) -> None:
+    if config.processes != 1:
+        raise ConfigError(
+            f"--processes {config.processes} is for %%hybrid_train, and {why}; wanted 1; leave "
+            "it out"
+        )
 
 
 def _refuse_contradictions(config: TrainConfig) -> None:

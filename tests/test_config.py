@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_magic import ConfigError, HybridMagicError
-from hybrid_magic.config import AblateConfig, TrainConfig, flag_of
+from hybrid_magic.config import AblateConfig, ProfileConfig, TrainConfig, flag_of
 
 FIELDS = dataclasses.fields(TrainConfig)
 GIB = 1024**3
@@ -72,7 +72,7 @@ GOOD = [
     ("device", "cuda:1", "cuda:1"),
     ("checkpoint", "runs/one", "runs/one"),
     ("cache", "off", "off"),
-    ("processes", "1", 1),
+    ("processes", "4", 4),
 ]
 GOOD_IN_PYTHON = [
     ("epochs", 3, 3),
@@ -183,7 +183,6 @@ def test_every_option_has_its_bad_values_here():
 @pytest.mark.parametrize(
     ("flag", "options"),
     [
-        ("--processes", {"processes": 2}),
         ("--compile", {"compile": True}),
         ("--cache", {"cache": "ram"}),
         ("--cache", {"cache": "device"}),
@@ -215,6 +214,15 @@ def test_contradictions_are_refused():
     assert TrainConfig(checkpoint="runs", resume=True).resume
     with pytest.raises(ConfigError, match="--checkpoint runs is for one run, and an ablation is "):
         AblateConfig(checkpoint="runs")
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"), [(AblateConfig, "an ablation compares "), (ProfileConfig, "a profile looks ")]
+)
+def test_several_processes_are_for_training(kind, why):
+    with pytest.raises(ConfigError, match=f"--processes 2 is for %%hybrid_train, and {why}"):
+        kind(processes=2)
+    assert kind(processes="1").processes == 1
 
 
 @pytest.mark.parametrize(

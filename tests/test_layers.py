@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "telemetry": GROUND,
     "adopt": {"errors"},
     "engine": GROUND | {"policy", "run", "sizes", "ablation", "findings", "profiles", "telemetry"},
-    "launch": GROUND | {"policy", "run", "report", "engine"},
+    "launch": GROUND | {"policy", "run", "report", "engine", "telemetry"},
     "notebook": GROUND
     | {"option_values", "policy", "run", "ablation", "profiles", "report"}
     | {"telemetry", "adopt", "engine", "launch"},
@@ -49,6 +49,7 @@ MAY_IMPORT = {
         "ablation",
         "profiles",
         "engine",
+        "launch",
         "notebook",
     },  # the package's own __init__
 }

@@ -34,7 +34,8 @@ def outputs(path: pathlib.Path) -> list[dict]:
 def test_the_lessons_are_here():
     on_data = sorted(DATA)
     there = [path.stem for path in NOTEBOOKS]
-    assert there == ["01_quickstart", "02_ablation", *on_data, "05_profile"]
+    on_more = ["05_profile", "06_resume_and_scale"]
+    assert there == ["01_quickstart", "02_ablation", *on_data, *on_more]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -90,7 +91,8 @@ def test_a_lesson_runs_headless(name):
     command = [sys.executable, "notebooks/demo.py", name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr
-    assert ("a step" if name == "05_profile" else "Ablation: ") in done.stdout
+    shown = {"05_profile": "a step", "06_resume_and_scale": "2 processes train"}
+    assert shown.get(name, "Ablation: ") in done.stdout
     assert (ROOT / f"notebooks/{name}.ipynb").read_bytes() == saved_before, "only --keep may write"
 
 

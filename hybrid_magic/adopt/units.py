@@ -27,7 +27,7 @@ from .roles import (
 )
 
 LOOPS = (ast.For, ast.AsyncFor, ast.While)
-_WRAPPERS = ("enumerate", "tqdm", "tqdm_notebook", "notebook_tqdm", "track", "progress_bar", "pbar")
+WRAPPERS = ("enumerate", "tqdm", "tqdm_notebook", "notebook_tqdm", "track", "progress_bar", "pbar")
 
 
 @dataclass
@@ -147,7 +147,7 @@ def steady(unit: Unit, tests: list[ast.expr]) -> bool:
 def _peeled(iterable: ast.expr) -> tuple[ast.expr, bool]:
     """Return what a loop reads, without enumerate and progress bars; True for what is left
     alone."""
-    while isinstance(iterable, ast.Call) and last_name(iterable.func) in _WRAPPERS:
+    while isinstance(iterable, ast.Call) and last_name(iterable.func) in WRAPPERS:
         given = [k.value for k in iterable.keywords if k.arg in ("iterable", "sequence", "gen")]
         if not (iterable.args or given):
             return iterable, True

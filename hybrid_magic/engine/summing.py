@@ -24,10 +24,14 @@ class Sum:
         self._ranks = ranks
         self._buckets: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 
-    def gradients(self, params: Sequence[Tensor], factor: float, *, lacking: bool) -> None:
-        """Give every parameter the sum of all processes' gradients, each times its `factor`.
+    def gradients(
+        self, params: Sequence[Tensor], factor: float, head: Tensor, *, lacking: bool
+    ) -> Tensor:
+        """Give every parameter the sum of all processes' gradients, each times its `factor`; return
+        that of their `head`.
 
         Args:
+            head: a few numbers, 1-D, that travel with the gradients as they are.
             lacking: some process has a parameter without a gradient. It counts as nothing there,
                 and stays without one where no process has one.
         Raises:
@@ -45,33 +49,49 @@ class Sum:
                     "ones; make the embedding with sparse=False, or leave --processes out"
                 )
             groups.setdefault((param.device, param.dtype), []).append(param)
-        sent = [
-            (bucket, part, self._ranks.add_up(bucket))
-            for place, group in groups.items()
-            for number, part in enumerate(_parts(group))
-            for bucket in [self._filled((*place, number), part, factor)]
-        ]
+        sent = []
+        groups.setdefault((head.device, head.dtype), [])
+        for place, group in groups.items():
+            riding = head if place == (head.device, head.dtype) else head[:0]
+            for number, part in enumerate(_parts(group)):
+                bucket = self._filled((*place, number), part, factor, riding)
+                sent.append((bucket, part, self._ranks.add_up(bucket)))
+                riding = head[:0]
+        found = head
         for bucket, part, work in sent:
             self._ranks.done(work)
-            for param, summed in zip(part, bucket.split([p.numel() for p in part]), strict=True):
+            sizes = [param.numel() for param in part]
+            *pieces, rest = bucket.split([*sizes, bucket.numel() - sum(sizes)])
+            found = rest if rest.numel() else found
+            for param, summed in zip(part, pieces, strict=True):
                 if param.grad is None:
                     param.grad = summed.view_as(param).clone()
                 else:
                     param.grad.copy_(summed.view_as(param))
+        return found.clone()
 
     def _filled(
-        self, place: tuple[torch.device, torch.dtype, int], part: list[Tensor], factor: float
+        self,
+        place: tuple[torch.device, torch.dtype, int],
+        part: list[Tensor],
+        factor: float,
+        riding: Tensor,
     ) -> Tensor:
-        """Return the bucket of some parameters, with their gradients."""
-        n, bucket = sum(map(Tensor.numel, part)), self._buckets.get(place)
+        """Return the bucket of some parameters, with their gradients, and what rides along."""
+        sizes = [param.numel() for param in part]
+        n, bucket = sum(sizes) + riding.numel(), self._buckets.get(place)
         if bucket is None or bucket.numel() != n:
             bucket = self._buckets[place] = torch.empty(n, device=place[0], dtype=place[1])
-        for param, room in zip(part, bucket.split([p.numel() for p in part]), strict=True):
+        *rooms, rest = bucket.split([*sizes, riding.numel()])
+        for param, room in zip(part, rooms, strict=True):
             if param.grad is None:
                 room.zero_()
             else:
                 room.view_as(param).copy_(param.grad)
-        return bucket if factor == 1.0 else bucket.mul_(factor)
+        if factor != 1.0:
+            bucket.mul_(factor)
+        rest.copy_(riding)
+        return bucket
 
 
 def _parts(params: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -84,7 +104,7 @@ def _parts(params: list[Tensor]) -> Iterator[list[Tensor]]:
         if held >= _BUCKET_BYTES:
             yield part
             part, held = [], 0
-    if part:
+    if part or not params:
         yield part
 
 

@@ -142,9 +142,8 @@ class Together:
         if gathered.logged:
             self._names = tuple(gathered.logged)
         head = self._head(state, data, gathered)
-        self.ranks.done(self.ranks.add_up(head))
         lacking = any(row[_LACKING] for row in rows)
-        self._sum.gradients(state.params, self._part, lacking=lacking)
+        head = self._sum.gradients(state.params, self._part, head, lacking=lacking)
         loss, *logged = head.unbind()
         gathered.losses, gathered.weights = [loss], [1.0]
         gathered.logged = dict(zip(self._names, logged, strict=True))

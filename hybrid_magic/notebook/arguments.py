@@ -75,6 +75,19 @@ Options:
 Takes no memory of a GPU: what others hold of one that this notebook has not used yet is read from
 its driver, where that tells."""
 
+EXPORT_HELP = """%hybrid_export FILE
+
+Write the last run of %%hybrid_train as a script that trains the same, on one device, on several or
+on several machines: with python, with torchrun, or under Slurm (its first lines say how).
+
+The script holds what the run depends on, as it was run: the statements of the notebook's cells that
+make or change the model, the data, the optimizer and what the step reads, with their comments; the
+step; the options. Prints, plots and other trainings are left out. A training loop of your own is
+written as a step where that says all of it; what is left out is named.
+
+FILE ends in .py. A file that was exported before is replaced while it is unchanged, any other file
+is left alone."""
+
 
 @dataclass
 class Line:

@@ -135,6 +135,12 @@ def _site(loop: Loop, config: TrainConfig) -> Site:
 
 
 def _check_options(line: Line, text: str) -> None:
+    if line.options.get("processes", "1") != "1":
+        raise HybridMagicError(
+            f"--processes {line.options['processes']} is for a step, and this cell holds a "
+            "training loop of its own, whose other statements run in this notebook; wanted the "
+            "lines that compute loss from batch; write them alone, or leave --processes out"
+        )
     for name in _OF_A_STEP:
         if name in line.options:
             raise HybridMagicError(

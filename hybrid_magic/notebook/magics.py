@@ -16,14 +16,15 @@ from IPython.core.error import UsageError
 
 from .. import run as runs
 from ..errors import HybridMagicError
-from . import arguments, free
+from . import arguments, export_history, exporting, free
 
 if TYPE_CHECKING:
     from ..config import TrainConfig
     from .adopted import Loops
     from .cell import Cell
 
-MAGICS = ("hybrid_train", "hybrid_ablate", "hybrid_profile", "hybrid_free", "hybrid_device")
+MAGICS = ("hybrid_train", "hybrid_ablate", "hybrid_profile")
+MAGICS += ("hybrid_free", "hybrid_device", "hybrid_export")
 _KEPT = "the open run was undone; hm.last_ablation holds what was done"
 _PUT_BACK = "everything was put back as it was"
 _ENDED = "the run ended at a whole step; hm.last_run holds it"
@@ -55,9 +56,14 @@ def register(shell: Any) -> None:
 
         device_page.show(shell, line)
 
+    def hybrid_export(line: str) -> None:
+        _or_one_line(lambda: exporting.export(shell, line))
+
     hybrid_free.__doc__, hybrid_device.__doc__ = free.HELP, arguments.DEVICE_HELP
-    for line_magic in (hybrid_free, hybrid_device):
+    hybrid_export.__doc__ = arguments.EXPORT_HELP
+    for line_magic in (hybrid_free, hybrid_device, hybrid_export):
         shell.register_magic_function(line_magic, "line")
+    export_history.watch(shell)
 
     if _empty_cell_as_line not in shell.input_transformers_cleanup:
         shell.input_transformers_cleanup.append(_empty_cell_as_line)
@@ -99,7 +105,8 @@ def train(shell: Any, line: str, cell: str | None) -> Any:
     if form is not None:
         loops = _loops(shell)
         loops.begin()
-        return _trained(shell, lambda: form.run(config, loops), loops.end, config.o)
+        end = lambda error: export_history.remember(shell, text, config, None, loops.end(error))
+        return _trained(shell, lambda: form.run(config, loops), end, config.o)
     return _train_step(shell, read, config, text)
 
 
@@ -171,7 +178,7 @@ def _read(
 def _train_step(shell: Any, read: arguments.Line, config: TrainConfig, cell: Cell) -> Any:
     """Train with the step that a cell writes, or with the one that is inferred."""
     __tracebackhide__ = True
-    from ..engine.train import train as run_training
+    from ..launch.train import train as run_training
     from . import capture, live
 
     step, taken = _or_one_line(
@@ -182,6 +189,7 @@ def _train_step(shell: Any, read: arguments.Line, config: TrainConfig, cell: Cel
 
     def close(error: BaseException | None) -> None:
         run = runs.last_run if runs.last_run is not before else None
+        export_history.remember(shell, cell, config, taken.names, run)
         mistaken = isinstance(error, HybridMagicError)
         view.close(run if not mistaken or (run is not None and run.steps) else None)
 
@@ -275,7 +283,7 @@ def _theirs(error: BaseException) -> BaseException:
         seen.add(id(each))
         entries = list(_entries(each.__traceback__))
         theirs = [entry for entry in entries if not _is_ours(entry)] or entries
-        for entry, following in zip(theirs, [*theirs[1:], None], strict=True):
+        for entry, following in zip(theirs, [*theirs[1:], None], strict=False):
             entry.tb_next = following
         each.__traceback__ = theirs[0] if theirs else None
         each = each.__cause__ or each.__context__

@@ -75,3 +75,26 @@ class Host:
 
 def _resident(process: Any) -> int:
     return int(process.memory_info().rss)
+
+
+def activity(pid: int) -> tuple[float, int, int] | None:
+    """Return what a process and its children have done since they began: the processor seconds
+    used, the bytes read and written, and how often they went on after a wait (on Linux: their main
+    threads; a download that is slow does so at each packet). None where they cannot be looked at.
+    """
+    psutil: Any = answer(lambda: importlib.import_module("psutil"))
+
+    def look() -> tuple[float, int, int]:
+        process = psutil.Process(pid)
+        each = [_done(each) for each in (process, *process.children(recursive=True))]
+        seconds, moved, waits = zip(*each, strict=True)
+        return sum(seconds), sum(moved), sum(waits)
+
+    return answer(look)
+
+
+def _done(process: Any) -> tuple[float, int, int]:
+    used, counted = process.cpu_times(), answer(lambda: process.io_counters())
+    kinds = ("read_chars", "write_chars", "read_bytes", "write_bytes")  # the first two: Linux
+    moved = sum(getattr(counted, kind, 0) for kind in kinds)
+    return used.user + used.system, moved, int(process.num_ctx_switches().voluntary)

@@ -220,6 +220,7 @@ def test_explain_says_what_would_be_done_and_does_nothing(notebook):
         ("--epochs 3", "--epochs is for a step"),
         ("--val train_loader", "--val is for a step"),
         ("--device cpu", "--device is for a step"),
+        ("--processes 2", "--processes 2 is for a step"),
         ("other train_loader", "other is not in this cell's training loop"),
     ],
 )

@@ -307,7 +307,7 @@ MISTAKES = {
     "an option's name": ("", "%hybrid_train --ephocs 3", "there is no option --ephocs; did you "),
     "an option's value": ("", "%hybrid_train --epochs many", "--epochs is 'many'; wanted a whole "),
     "a name for the run": ("", "%hybrid_train -o my-run", "-o is 'my-run'; wanted a name such as "),
-    "an option to come": ("", "%hybrid_train --processes 2", "--processes is not built yet"),
+    "an option to come": ("", "%hybrid_train --compile", "--compile is not built yet"),
     "a folder forgotten": ("", "%hybrid_train --resume", "--resume is given without --checkpoint "),
     "a seed and a mistake": (
         "",

@@ -1,0 +1,133 @@
+"""Exported scripts as people start them: with python, under torchrun, for all cells of the corpus.
+
+The corpus is that of `tests/adopt`: loops as people write them.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from test_export import FORGET, RUN, body, run, text
+
+from hybrid_magic import load_run
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+QUICKSTART = ROOT / "notebooks" / "01_quickstart.ipynb"
+sys.path.insert(0, str(ROOT / "tests" / "adopt"))
+
+from cells import CELLS  # noqa: E402 - found by the line above
+
+SAME = "--precision fp32 --batch fixed --micro 16"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.fixture
+def notebook(empty_notebook, tmp_path):
+    empty_notebook.run(f"import os; os.chdir({str(tmp_path)!r})\n{RUN}")
+    empty_notebook.run(FORGET)
+    return empty_notebook
+
+
+def start(folder, *words):
+    """Run Python with `words` in `folder`; return what it prints."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def quickstart():
+    """Return the lesson's cells up to the one that trains with the step alone, and two epochs."""
+    cells = json.loads(QUICKSTART.read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    last = next(n for n, text in enumerate(sources) if text.startswith("%%hybrid_train --epochs"))
+    sources = [text.replace("EPOCHS = 10", "EPOCHS = 1") for text in sources[: last + 1]]
+    return [*sources[:-1], sources[-1].replace("--epochs 10", f"--epochs 2 {SAME}")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_quickstart_trains_the_same_as_a_script_alone_and_under_torchrun(notebook, tmp_path):
+    run(notebook, *quickstart(), "%hybrid_export quick.py")
+    there = set(os.listdir(tmp_path))
+    table = start(tmp_path, "quick.py")
+    assert "finished" in table
+    alone = load_run(tmp_path / "quick.jsonl")
+    assert alone.final_loss == notebook.value("run.final_loss")
+    assert alone.metrics == notebook.value("run.metrics")
+    assert alone.samples_seen == notebook.value("run.samples_seen")
+
+    told = start(tmp_path, *TORCHRUN, "quick.py", "--record", "two.jsonl")
+    assert told.count("outcome") == 1
+    assert set(os.listdir(tmp_path)) - there == {"quick.jsonl", "two.jsonl"}
+    two = load_run(tmp_path / "two.jsonl")
+    assert two.outcome == "finished"
+    assert (two.samples_seen, two.steps) == (alone.samples_seen, alone.steps)
+    assert [step.global_batch_size for step in two.history] == [16] * two.steps
+
+
+# with the reduction given, the step is called for nothing but training
+SEEN = f"""%%hybrid_train --epochs 2 {SAME} --reduction mean --plain
+numbers, x = batch
+with open(f"seen-{{os.environ.get('RANK', 'alone')}}", "a") as file:
+    file.write(" ".join(map(str, numbers.tolist())) + "\\n")
+loss = net(x).square().mean()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_processes_use_every_sample_once_and_end_with_the_weights_of_one(notebook, tmp_path):
+    import torch
+
+    run(
+        notebook,
+        "import os\nimport torch\nfrom torch import nn\n"
+        "from torch.utils.data import DataLoader, TensorDataset",
+        "torch.manual_seed(0)\ndata = TensorDataset(torch.arange(48), torch.randn(48, 4))",
+        "train_loader = DataLoader(data, batch_size=16, shuffle=True)\nnet = nn.Linear(4, 2)",
+        "optimizer = torch.optim.SGD(net.parameters(), lr=0.1)",
+        SEEN,
+        "%hybrid_export train.py",
+    )
+    start(tmp_path, *TORCHRUN, "train.py", "--weights", "two.pt", "--checkpoint", "kept")
+    ranks = [(tmp_path / f"seen-{rank}").read_text().split() for rank in (0, 1)]
+    assert sorted(ranks[0] + ranks[1]) == sorted(list(map(str, range(48))) * 2)
+    assert [len(seen) for seen in ranks] == [48, 48]
+    found = torch.load(tmp_path / "two.pt")
+    wanted = notebook.value("{n: p.tolist() for n, p in net.state_dict().items()}")
+    for name, values in wanted.items():
+        # two halves of a batch are added up in another order
+        torch.testing.assert_close(found[name], torch.tensor(values), rtol=1e-5, atol=1e-6)
+    assert "the run was over already" in start(
+        tmp_path, *TORCHRUN, "train.py", "--checkpoint", "kept", "--resume"
+    )
+
+
+# -- the corpus
+
+SEEDS = "import random, numpy, torch\ntorch.manual_seed(0); random.seed(0); numpy.random.seed(0)"
+OF_ITS_OWN = {"an iterable data set", "one window of a series a step"}  # batches are never joined
+TRAINED = [pytest.param(c, id=c.name) for c in CELLS if isinstance(c.expect, str)]
+
+
+@pytest.mark.parametrize("cell", TRAINED)
+def test_a_loop_is_refused_in_one_line_or_its_script_ends_with_its_weights(notebook, cell):
+    """Or the script names what it left out that may have drawn random numbers."""
+    size = "" if cell.name in OF_ITS_OWN else "--micro 512"
+    run(notebook, SEEDS, cell.setup)
+    notebook.run(f"%%hybrid_train --precision fp32 --batch fixed {size} --plain\n{cell.source}")
+    ran = notebook.run("%hybrid_export train.py")
+    if ran.error is not None:
+        assert ran.error == "UsageError"
+        assert "wanted" in ran.message
+        assert "\n" not in ran.message
+        return
+    model = text(notebook).rpartition("torch.save(")[2].partition(".")[0]
+    same = notebook.value(f"same_weights({model}, 'train.py')")
+    assert same or "may have drawn random numbers" in ran.out, body(notebook)
