@@ -64,8 +64,8 @@ class Sum:
             *pieces, rest = bucket.split([*sizes, bucket.numel() - sum(sizes)])
             found = rest if rest.numel() else found
             for param, summed in zip(part, pieces, strict=True):
-                if param.grad is None:
-                    param.grad = summed.view_as(param).clone()
+                if param.grad is None or param.is_contiguous():
+                    param.grad = summed.view_as(param)  # in the bucket, until the step is taken
                 else:
                     param.grad.copy_(summed.view_as(param))
         return found.clone()
@@ -83,11 +83,13 @@ class Sum:
         if bucket is None or bucket.numel() != n:
             bucket = self._buckets[place] = torch.empty(n, device=place[0], dtype=place[1])
         *rooms, rest = bucket.split([*sizes, riding.numel()])
-        for param, room in zip(part, rooms, strict=True):
-            if param.grad is None:
-                room.zero_()
-            else:
-                room.view_as(param).copy_(param.grad)
+        views = [room.view_as(param) for param, room in zip(part, rooms, strict=True)]
+        held = [(view, param.grad) for param, view in zip(part, views, strict=True)]
+        for view in (view for view, grad in held if grad is None):
+            view.zero_()
+        present = [(view, grad) for view, grad in held if grad is not None]
+        if present:
+            torch._foreach_copy_([view for view, _ in present], [grad for _, grad in present])
         if factor != 1.0:
             bucket.mul_(factor)
         rest.copy_(riding)

@@ -66,16 +66,16 @@ def error_of(fault: Fault, size: int, code: int | None, printed: str, kept: str)
     if fault.hang is not None:
         return HybridMagicError(_hangs(who, fault.hang, _place(fault.stack)) + f"; {kept}")
     how = ended(code) + _place(fault.stack)
+    if code is not None and code == -getattr(signal, "SIGKILL", 9):
+        return HybridMagicError(
+            f"{who} {how}, as the system does when memory runs out; wanted memory for {size} "
+            f"copies of model and loader; use fewer --processes or loader workers; {kept}"
+        )
     if not fault.started:
         return HybridMagicError(
             f"{who} {how} before it could train{_last_line(printed)}; wanted a Python like this "
             f"one's in a new process ({sys.executable}); mend what it says, or train without "
             "--processes"
-        )
-    if code is not None and code == -getattr(signal, "SIGKILL", 9):
-        return HybridMagicError(
-            f"{who} {how}, as the system does when memory runs out; wanted memory for {size} "
-            f"copies of model and loader; use fewer --processes or loader workers; {kept}"
         )
     return HybridMagicError(
         f"{who} {how}{_last_line(printed)}; wanted a step and a dataset that leave their process "

@@ -234,7 +234,8 @@ class Following:
         hub = self._hub
         waiting = {
             rank: self._idle.get(rank, self._since(rank, now))
-            for rank in hub.pids.keys() - self._gone
+            for rank in list(hub.pids)  # grows meanwhile
+            if rank not in self._gone
         }
         late = [rank for rank, since in waiting.items() if since is None]
         watched = late if any(since is not None for since in waiting.values()) else []

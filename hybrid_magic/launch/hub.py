@@ -60,7 +60,7 @@ class Hub:
             except OSError:
                 pass
         self._listener.close()
-        for line in self._lines.values():
+        for line in list(self._lines.values()):
             line.close()
 
     def _accept(self) -> None:

@@ -113,7 +113,7 @@ def _begin(folder: str, hub: Hub) -> None:
     """Write what a worker needs before it can read the parcel."""
     begin = {
         **hub.where(),
-        "path": sys.path,
+        "path": [place for place in sys.path if isinstance(place, str)],
         "threads": torch.get_num_threads(),
         "sources": parcel.sources(),
     }

@@ -346,6 +346,11 @@ def test_how_a_process_ended_is_told_in_words(code, words):
     assert str(told).endswith("; nothing is lost")
 
 
+def test_memory_that_runs_out_while_data_is_loaded_is_told_as_that():
+    told = faults.error_of(Fault(0, started=False), 2, -signal.SIGKILL, "", "nothing was changed")
+    assert "as the system does when memory runs out; wanted memory for 2 copies" in str(told)
+
+
 # -- the line --
 
 
