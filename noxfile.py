@@ -116,7 +116,8 @@ def compat(session: nox.Session, stack: str) -> None:
 
 CLOCKED = [f"tests/notebook/test_{name}.py" for name in ("live", "pump")]
 HEADLESS = "tests/notebook/test_headless.py"  # the programs that run notebooks are today's
-NOT_AT_ONCE = [f"--ignore={path}" for path in (*CLOCKED, HEADLESS)]
+SCRIPTS = [f"tests/notebook/test_export_{name}.py" for name in ("dataflow", "runs")]  # no widget
+NOT_AT_ONCE = [f"--ignore={path}" for path in (*CLOCKED, HEADLESS, *SCRIPTS)]
 TWO_AT_ONCE = ["-n", "2", "--dist", "loadfile", *NOT_AT_ONCE]
 SHOWN = "test_with_a_front_end_the_panel_stays_and_what_it_asks_is_in_the_records"
 COMPAT = {

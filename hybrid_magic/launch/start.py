@@ -18,6 +18,8 @@ import torch
 
 from ..config import TrainConfig
 from ..engine.control import RunControl
+from ..engine.randomness import all_states, put_all_back
+from ..engine.rewind import generators_of
 from ..engine.task import describe
 from ..errors import ConfigError, HybridMagicError
 from ..records import Sink
@@ -88,8 +90,11 @@ def _checked(things: dict[str, Any]) -> int:
             "every process; wanted something that can be read again; make it a list or a DataLoader"
         )
     given = {name: things[name] for name in _GIVEN}
+    generators = generators_of(loader)
+    random = all_states(generators)
     task = describe(things["model"], loader, things["step"], config, names=names, **given)
     task.feed.close()
+    put_all_back(random, generators)  # a batch may have been read to look at it
     kind, gpus = task.device.type, torch.cuda.device_count()
     if kind not in ("cpu", "cuda"):
         raise HybridMagicError(

@@ -1,4 +1,4 @@
-"""Trainings for several processes, or one: `torchrun ... ranks_works.py DIR`.
+"""Trainings for several processes, or one: `torchrun ... ranks_works.py DIR [WORK ...]`.
 
 Every work returns what its process has seen; each process saves all of it to DIR.
 """
@@ -333,7 +333,8 @@ WORKS = {
 
 def main() -> None:
     torch.set_num_threads(1)
-    found = {name: work() for name, work in WORKS.items()}
+    names = sys.argv[2:] or WORKS
+    found = {name: WORKS[name]() for name in names}
     torch.save(found, pathlib.Path(sys.argv[1], f"{SIZE}-{RANK}.pt"))
 
 

@@ -4,7 +4,7 @@ import os
 import pathlib
 import tempfile
 
-import cells
+import launched
 import pytest
 
 import hybrid_magic.run
@@ -18,6 +18,6 @@ def temporary(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(tempfile, "tempdir", folder)
         monkeypatch.setattr(hybrid_magic.run, "last_run", None)
         yield pathlib.Path(folder)
-        assert cells.gone(pathlib.Path(folder))
+        assert launched.gone(pathlib.Path(folder))
         mine = ("torchinductor", "pymp")  # torch's and multiprocessing's, of the process of tests
         assert [n for n in os.listdir(folder) if not n.startswith(mine)] == []

@@ -4,8 +4,8 @@ import re
 import time
 
 import pytest
-from cells import SETUP, gone
 from kernel_client import FrontEnd, printed
+from launched import SETUP, gone
 
 CELL = """%%hybrid_train model loader --processes 2 --precision fp32 --batch fixed {options}
 x, y = batch
@@ -31,6 +31,7 @@ def error_of(messages):
     return content["ename"], "\n".join(plain)
 
 
+@pytest.mark.thorough
 def test_a_cell_trains_in_two_processes(front_end, temporary):
     body = "print('hello from', rank) if model.training else None"
     seen = front_end.run(CELL.format(options="-o mine", body=body))

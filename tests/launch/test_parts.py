@@ -15,9 +15,9 @@ from multiprocessing.connection import Client
 
 import pytest
 import torch
-from cells import cell, notebook
 from hypothesis import given
 from hypothesis import strategies as st
+from launched import cell, notebook
 
 import hybrid_magic as hm
 from hybrid_magic.launch import faults, parcel, results

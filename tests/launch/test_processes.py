@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from cells import notebook, trained_with
+from launched import notebook, trained_with
 
 import hybrid_magic as hm
 from hybrid_magic.engine.control import RunControl

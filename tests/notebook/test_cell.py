@@ -266,4 +266,4 @@ def test_the_cell_is_named_as_the_cell_that_runs(notebook):
     ran = notebook.run("%%hybrid_train\n1 / 0\nloss = 1")
     count = notebook.value("len(In) - 1")
     named = set(re.findall(r"In\[(\d+)\]|<ipython-input-(\d+)-", ran.out))
-    assert {int("".join(pair)) for pair in named} == {count}
+    assert {int("".join(pair)) for pair in named} == {count}, ran.out

@@ -80,7 +80,7 @@ loss = net(x).square().mean()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(300)
 def test_two_processes_use_every_sample_once_and_end_with_the_weights_of_one(notebook, tmp_path):
     import torch
