@@ -47,8 +47,8 @@ class StartRecord:
 class StepRecord:
     """One optimizer step; `loss` is the mean over its samples (valid targets where counted).
 
-    Of several processes, `microbatch_size` is what each holds at once, and times and memory are
-    those of the first.
+    Of several processes, `microbatch_size` is what each holds at once, times and memory are those
+    of the first, and in `optimizer_s` is what they exchange.
     """
 
     step: int

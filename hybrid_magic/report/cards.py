@@ -13,7 +13,7 @@ from html import escape
 from ..records import BatchChangeRecord, StartRecord
 from . import quantities as q
 from .palette import BLUE, FAINT, GREEN, ORANGE, PURPLE, SKY, STAGE_COLOURS, VERMILLION
-from .series import STAGES, settled
+from .series import STAGES, settled, stage_names
 from .trace import Bucket, Trace
 
 WIDTH, HEIGHT = 300.0, 60.0  # of the drawing, before it is stretched
@@ -35,7 +35,7 @@ def cards(trace: Trace, start: StartRecord, changes: Iterable[BatchChangeRecord]
             _loss_card(frame, buckets),
             _memory_card(frame, buckets, start),
             _batch_card(frame, buckets, changes, start.processes),
-            _time_card(frame, buckets),
+            _time_card(frame, buckets, start),
         ]
     else:  # as high as they will be, so that nothing below moves when they come
         each = [_card(title, "", "", ()) for title in ("Loss", "Memory", "Batch", "Time per step")]
@@ -222,7 +222,7 @@ def _staircase(buckets: Sequence[Bucket], sizes: Sequence[int]) -> list[tuple[fl
     return [*corners, (buckets[-1].step, corners[-1][1])]
 
 
-def _time_card(frame: _Frame, buckets: Sequence[Bucket]) -> str:
+def _time_card(frame: _Frame, buckets: Sequence[Bucket], start: StartRecord) -> str:
     timed = [bucket for bucket in buckets if bucket.timed]
     if not timed:
         return _card("Time per step", "no reading", "", ())
@@ -231,7 +231,7 @@ def _time_card(frame: _Frame, buckets: Sequence[Bucket]) -> str:
     steps = [bucket.step for bucket in timed]
     floor = [0.0] * len(timed)
     drawing, key = "", []
-    for at, (name, colour) in enumerate(zip((*STAGES, "other"), STAGE_COLOURS, strict=True)):
+    for at, (name, colour) in enumerate(zip(stage_names(start), STAGE_COLOURS, strict=True)):
         if at < len(STAGES):
             ceiling = [y + b.stage_sums_s[at] / b.timed for y, b in zip(floor, timed, strict=True)]
         else:

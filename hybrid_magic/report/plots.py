@@ -230,7 +230,7 @@ def _times(axes: Axes, run: Run) -> None:
         nothing(axes, "Time per step", "no reading")
         return
     at_steps = [bar.step for bar in bars]
-    names = (*STAGES, "other")
+    names = series.stage_names(run.start)
     totals = [sum(bar.stages_ms[at] * bar.steps for bar in bars) for at in range(len(names))]
     floor = [0.0] * len(bars)
     for at, (name, colour) in enumerate(zip(names, STAGE_COLOURS, strict=True)):
@@ -249,7 +249,7 @@ def _times(axes: Axes, run: Run) -> None:
     longest = max(range(len(STAGES)), key=totals.__getitem__)
     title = f"{q.duration(sum(totals) / sum(bar.steps for bar in bars) / 1e3)} per step"
     if totals[longest]:
-        title += f", {q.share(totals[longest] / sum(totals))} {STAGES[longest]}"
+        title += f", {q.share(totals[longest] / sum(totals))} {names[longest]}"
     axes.set_title(title)
     axes.legend(loc="upper left", ncol=3, columnspacing=1.0, handlelength=1.2, handletextpad=0.5)
 

@@ -9,15 +9,22 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
-from ..records import StepRecord, TelemetryRecord
+from ..records import StartRecord, StepRecord, TelemetryRecord
 from ..run import Run
 
 Point = tuple[float, float]
 _Stepped = TypeVar("_Stepped", StepRecord, TelemetryRecord)  # a record that tells its step
 
 STAGES = ("data", "forward", "backward", "optimizer")
+
 MOST_POINTS = 600  # per curve; more cannot be told apart at the figure's width
 MOST_BARS = 60
+
+
+def stage_names(start: StartRecord | None) -> tuple[str, ...]:
+    """Return what STAGES, and the rest of a step, are called in a run."""
+    shared = start is not None and start.processes > 1
+    return (*STAGES[:-1], "exchange, optimizer" if shared else STAGES[-1], "other")
 
 
 def finite_points(
