@@ -251,6 +251,11 @@ def current() -> Ranks | None:
     return _here
 
 
+def count() -> int:
+    """Return how many processes train together, 1 where this one trains alone."""
+    return 1 if _here is None else _here.size
+
+
 def join() -> Ranks | None:
     """Return this process among those that torchrun has started, None where it trains alone."""
     global _here

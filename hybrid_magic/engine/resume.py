@@ -107,7 +107,7 @@ def data_of(task: Task, generators: int) -> dict[str, Any]:
     """Return what the place in the data depends on."""
     feed = task.feed
     return {
-        "kind": type(feed).__name__,
+        "kind": type(feed).__name__.removeprefix("Shared"),  # by several processes or by one
         "base": feed.base,
         "samples": feed.samples,
         "batches": feed.batches,
@@ -141,13 +141,17 @@ def run_of(tree: dict[str, Any], *, over: bool) -> Run:
 
 def moved(found: Run, run: Run, loader: Any) -> list[str]:
     """Return why the run may end in other weights than one that was never interrupted."""
-    there, here = ([made.environment.get(n) for n in ("device", "torch")] for made in (found, run))
+    there, here = (
+        [made.environment.get(name, 1) for name in ("device", "torch", "processes")]
+        for made in (found, run)
+    )
     notes = []
     if there != here:
-        notes.append(
-            f"the run began on {there[0]} with torch {there[1]} and goes on on {here[0]} with "
-            f"torch {here[1]}: equal to rounding, not to the bit"
+        began, now = (
+            f"on {device} with torch {version}" + f" in {processes} processes" * (processes != 1)
+            for device, version, processes in (there, here)
         )
+        notes.append(f"the run began {began} and goes on {now}: equal to rounding, not to the bit")
     if getattr(loader, "persistent_workers", False):
         notes.append(
             "the loader's workers live on from epoch to epoch (persistent_workers=True), and so "

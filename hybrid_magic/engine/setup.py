@@ -226,8 +226,7 @@ def _let_skip_on_device(ready: StepState) -> None:
     """
     groups = ready.optimizer.param_groups
     ready.may_skip_on_device = ready.device.late and all(group.get("fused") for group in groups)
-    lazy = any(group.get("momentum") for group in groups)
-    ready.skip_on_device = ready.may_skip_on_device and not lazy
+    ready.skip_on_device = ready.may_skip_on_device and not any(g.get("momentum") for g in groups)
 
 
 def _schedule(
@@ -267,7 +266,7 @@ def _start(
     parameters = {id(param): param for param in (*task.model.parameters(), *held)}.values()
     return StartRecord(
         model=type(task.model).__name__,
-        device=probe.name if (group := ranks.current()) is None else f"{group.size} x {probe.name}",
+        device=f"{n} x {probe.name}" if (n := ranks.count()) > 1 else probe.name,
         precision=precision,
         optimizer=type(optimizer).__name__,
         base_batch_size=task.feed.base,
@@ -282,7 +281,7 @@ def _start(
         max_batch_size=settings.max_batch,
         growth_factor=settings.growth_factor,
         stability_threshold=settings.stability_threshold,
-        processes=1 if group is None else group.size,
+        processes=n,
     )
 
 
@@ -297,4 +296,5 @@ def environment(probe: DeviceProbe) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": probe.name,
+        "processes": ranks.count(),
     }

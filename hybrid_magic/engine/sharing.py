@@ -65,7 +65,7 @@ def settings(found: Settings, ranks: Ranks, samples: int | None, name: str) -> S
 
 def open_shared_feed(
     loader: Any, name: str, *, workers: int | None = None, pin: bool = False
-) -> SharedFeed | SharedSplitFeed:
+) -> SharedSampledFeed | SharedSplitFeed:
     """Return the feed of this process's shares of `loader`; `workers` replaces its number of worker
     processes.
 
@@ -89,7 +89,7 @@ def open_shared_feed(
             f"the sampler of {name}, a {type(loader.sampler).__name__}, has no length; wanted one "
             "that ends, to tell every process its order; give it a __len__"
         ) from None
-    return SharedFeed(loader, workers, pin, ranks)
+    return SharedSampledFeed(loader, workers, pin, ranks)
 
 
 @dataclasses.dataclass(slots=True)
@@ -101,7 +101,7 @@ class _Planned:
     probe: bool
 
 
-class SharedFeed(SampledFeed):
+class SharedSampledFeed(SampledFeed):
     """This process's shares of a map-style DataLoader."""
 
     def __init__(

@@ -9,7 +9,6 @@ import os
 import pathlib
 import random
 import sys
-import tempfile
 
 import torch
 from torch import nn
@@ -285,7 +284,7 @@ class Noisy(Rows):
 
 def gone_on_with():
     """Return an uninterrupted run, and one that goes on from a checkpoint in an epoch's middle."""
-    folder = os.environ.get("WORKS_FOLDER") or tempfile.mkdtemp()
+    folder = os.environ["WORKS_FOLDER"]
     found = []
     for stops in ((None,), (5, None)):
         model = network(nn.Dropout(0.3))
@@ -300,6 +299,15 @@ def gone_on_with():
             run = hm.train(model, loader, Seen(), optimizer=optimizer, **options)
         found.append(told(run, model))
     return {"whole": found[0], "gone_on": found[1]}
+
+
+def half_way(folder=None, steps=5):
+    """Train the first steps, or from a checkpoint on."""
+    folder = folder or os.path.join(os.environ["WORKS_FOLDER"], f"half of {SIZE}")
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    options = {**FIXED, "steps": steps, "checkpoint": folder, "resume": True}
+    return trained(model, shuffled(), Seen(), optimizer, **options)
 
 
 def too_small_a_batch():
@@ -326,7 +334,7 @@ WORKS = {
         a_fixed_batch, a_growing_batch, token_losses, a_sum, an_iterable,
         a_list_of_batches, worker_processes, batch_norm, dropout, memory_that_runs_out_in_one,
         validation, unused_weights, a_loss_that_is_not_finite_in_one, half_precision,
-        stopped_by_hand, minutes, gone_on_with, too_small_a_batch, other_models,
+        stopped_by_hand, minutes, gone_on_with, half_way, too_small_a_batch, other_models,
     )
 }  # fmt: skip
 

@@ -46,7 +46,7 @@ def found(tmp_path_factory):
             said, _ = each.communicate(timeout=170)
             assert each.returncode == 0, said.decode()[-3000:]
     vars(sys.modules["__main__"]).setdefault("Seen", ranks_works.Seen)
-    return {
+    return {"folder": folder} | {
         n: [torch.load(folder / f"{n}-{rank}.pt", weights_only=False) for rank in range(n)]
         for n in (1, 2, 4)
     }
@@ -105,6 +105,15 @@ def test_a_run_gone_on_with_ends_bit_equal_in_every_process(found, processes):
         assert far(whole["weights"], gone_on["weights"]) == 0
         assert whole["summary"]["steps"] == gone_on["summary"]["steps"]
     assert alike([results["gone_on_with"]["gone_on"] for results in found[processes]])
+
+
+def test_a_checkpoint_of_two_processes_is_gone_on_with_by_one(found, tmp_path):
+    whole = ranks_works.half_way(tmp_path / "whole", None)
+    gone_on = ranks_works.half_way(found["folder"] / "half of 2", None)
+    assert far(whole["weights"], gone_on["weights"]) < 1e-12
+    used = [*gone_on["samples"], *(n for each in found[2] for n in each["half_way"]["samples"])]
+    assert sorted(used) == whole["samples"]
+    assert "in 2 processes and goes on" in " ".join(gone_on["notes"])
 
 
 @pytest.mark.parametrize(
