@@ -20,7 +20,8 @@ from ..adopt.gathering import Gathered, gather
 from ..adopt.names import own_scope
 from ..adopt.pieces import Piece, pieces_of, undefined
 from ..errors import HybridMagicError
-from .export_history import Trained, history_before, notebook_name, uses_ipython, watch
+from .export_history import history_before, notebook_name, uses_ipython
+from .export_memory import Trained, watch
 from .export_script import Script
 from .export_step import Step, step_of_cell, step_of_loop
 
@@ -153,6 +154,8 @@ def _import_of(name: str, value: Any) -> str | None:
     if isinstance(value, ModuleType):
         return f"import {value.__name__}" + (f" as {name}" if name != value.__name__ else "")
     module, own = getattr(value, "__module__", None), getattr(value, "__name__", None)
+    if own == "display" and str(module).startswith("IPython."):
+        module = "IPython.display"  # where every version has it
     if module in (None, "__main__", "builtins") or own is None:
         return None
     if getattr(sys.modules.get(module), own, None) is not value:

@@ -16,15 +16,15 @@ from IPython.core.error import UsageError
 
 from .. import run as runs
 from ..errors import HybridMagicError
-from . import arguments, export_history, exporting, free
+from . import arguments, export_memory, free
 
 if TYPE_CHECKING:
     from ..config import TrainConfig
     from .adopted import Loops
     from .cell import Cell
 
-MAGICS = ("hybrid_train", "hybrid_ablate", "hybrid_profile")
-MAGICS += ("hybrid_free", "hybrid_device", "hybrid_export")
+_NAMES = ("train", "ablate", "profile", "free", "device", "export")
+MAGICS = tuple(f"hybrid_{name}" for name in _NAMES)
 _KEPT = "the open run was undone; hm.last_ablation holds what was done"
 _PUT_BACK = "everything was put back as it was"
 _ENDED = "the run ended at a whole step; hm.last_run holds it"
@@ -43,7 +43,6 @@ Interrupted.__name__ = Interrupted.__qualname__ = "KeyboardInterrupt"  # what fr
 
 def register(shell: Any) -> None:
     """Register the magics and their completions with an InteractiveShell."""
-
     training = (arguments.TRAIN, train), (arguments.ABLATE, ablate), (arguments.PROFILE, profile)
     for magic, run in training:
         _register_training(shell, magic, run)
@@ -57,14 +56,15 @@ def register(shell: Any) -> None:
         device_page.show(shell, line)
 
     def hybrid_export(line: str) -> None:
+        from . import exporting
+
         _or_one_line(lambda: exporting.export(shell, line))
 
     hybrid_free.__doc__, hybrid_device.__doc__ = free.HELP, arguments.DEVICE_HELP
     hybrid_export.__doc__ = arguments.EXPORT_HELP
     for line_magic in (hybrid_free, hybrid_device, hybrid_export):
         shell.register_magic_function(line_magic, "line")
-    export_history.watch(shell)
-
+    export_memory.watch(shell)
     if _empty_cell_as_line not in shell.input_transformers_cleanup:
         shell.input_transformers_cleanup.append(_empty_cell_as_line)
 
@@ -105,7 +105,7 @@ def train(shell: Any, line: str, cell: str | None) -> Any:
     if form is not None:
         loops = _loops(shell)
         loops.begin()
-        end = lambda error: export_history.remember(shell, text, config, None, loops.end(error))
+        end = lambda error: export_memory.remember(shell, text, config, None, loops.end(error))
         return _trained(shell, lambda: form.run(config, loops), end, config.o)
     return _train_step(shell, read, config, text)
 
@@ -189,7 +189,7 @@ def _train_step(shell: Any, read: arguments.Line, config: TrainConfig, cell: Cel
 
     def close(error: BaseException | None) -> None:
         run = runs.last_run if runs.last_run is not before else None
-        export_history.remember(shell, cell, config, taken.names, run)
+        export_memory.remember(shell, cell, config, taken.names, run)
         mistaken = isinstance(error, HybridMagicError)
         view.close(run if not mistaken or (run is not None and run.steps) else None)
 

@@ -479,7 +479,7 @@ def test_what_only_a_notebook_or_a_star_gives_is_imported(notebook):
     run(notebook, DATA, cell, MODEL, "net.n = shown(3.5)", SECOND, "%hybrid_export train.py")
     lines = body(notebook).splitlines()
     assert "from math import floor" in lines
-    assert "from IPython.core.display_functions import display" in lines
+    assert "from IPython.display import display" in lines
     assert notebook.value("same_weights(net, 'train.py')")
 
 
