@@ -196,7 +196,7 @@ def test_the_real_small_reviews_are_balanced():
 
 
 @needs_the_data
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_real_images_have_the_published_mean_and_deviation():
     images, labels, _ = datasets.cifar100("train")
     assert np.bincount(labels).tolist() == [500] * 100
@@ -207,7 +207,7 @@ def test_the_real_images_have_the_published_mean_and_deviation():
 
 
 @needs_the_data
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_all_the_real_reviews_are_there():
     for split in ("train", "test"):
         texts, labels = datasets.imdb(split)

@@ -59,7 +59,12 @@ class Notebook:
         self._ask("fresh", "")
 
     def close(self) -> None:
-        self._process.communicate(timeout=30)
+        """End it, also where a loader's worker that was forked meanwhile holds its line open."""
+        try:
+            self._process.communicate(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
 
     def _ask(self, what: str, text: str) -> Any:
         assert self._process.stdin is not None
@@ -92,6 +97,7 @@ def serve() -> None:
 
             for name in set(shell.user_ns) - set(shell.user_ns_hidden):  # reset() collects garbage
                 del shell.user_ns[name]
+            shell.execution_count = len(shell.history_manager.input_hist_parsed)
             hybrid_magic.run.last_run = answer = None
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

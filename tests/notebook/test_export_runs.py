@@ -113,7 +113,11 @@ def test_two_processes_use_every_sample_once_and_end_with_the_weights_of_one(not
 
 SEEDS = "import random, numpy, torch\ntorch.manual_seed(0); random.seed(0); numpy.random.seed(0)"
 OF_ITS_OWN = {"an iterable data set", "one window of a series a step"}  # batches are never joined
-TRAINED = [pytest.param(c, id=c.name) for c in CELLS if isinstance(c.expect, str)]
+LOOPS = [cell for cell in CELLS if isinstance(cell.expect, str)]
+TRAINED = [
+    pytest.param(cell, id=cell.name, marks=[pytest.mark.thorough] if number % 3 else [])
+    for number, cell in enumerate(LOOPS)
+]
 
 
 @pytest.mark.parametrize("cell", TRAINED)
