@@ -123,7 +123,7 @@ SHOWN = "test_with_a_front_end_the_panel_stays_and_what_it_asks_is_in_the_record
 COMPAT = {
     "colab": [
         [*TWO_AT_ONCE, "tests/notebook", "tests/test_import.py", "tests/test_readme.py"],
-        CLOCKED,
+        ["tests/notebook/test_pump.py", f"tests/notebook/test_live.py::{SHOWN}"],
     ],
     # Kaggle's differs in ipywidgets alone: what meets no widget is not run again.
     "kaggle": [
