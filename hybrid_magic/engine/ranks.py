@@ -12,12 +12,10 @@ import atexit
 import contextlib
 import math
 import os
-import random
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from torch import Tensor
 
 from ..errors import HybridMagicError
 from .control import ACTIONS, SETTINGS, RunControl
+from .randomness import seed_everything
 
 _ASKED = (*SETTINGS, *ACTIONS)
 _MOST_MAIL = 8  # requests handed on in one step; the others wait
@@ -46,12 +45,11 @@ class Wishes:
 
 @dataclass(slots=True)
 class Agreed:
-    """What all have agreed on in the newest meeting; `rows` are what each has told of its share."""
+    """What all have agreed on in the newest meeting."""
 
     interrupted: bool = False
     over: bool = False
     due: bool = False
-    rows: list[list[float]] = field(default_factory=list)
 
 
 class Ranks:
@@ -153,9 +151,9 @@ class Ranks:
         rows = self.gather([*row, *wishes, *mail])
         head = len(row)
         interrupted, over, due = (any(each[head + n] for each in rows) for n in range(3))
-        self.agreed = Agreed(interrupted, over, due, [each[:head] for each in rows])
+        self.agreed = Agreed(interrupted, over, due)
         self.control.hand(rows[0][head + 3 :])
-        return self.agreed.rows
+        return [each[:head] for each in rows]
 
     def _over(self) -> bool:
         return self.first and self.wishes.over()
@@ -198,20 +196,12 @@ class Ranks:
 
     # -- random numbers --
 
-    def same_randomness(self, states: dict[str, Any]) -> dict[str, Any]:
-        """Return the first process's random `states`."""
-        return self.of_first(states)
-
     def draw_apart(self, *number: int) -> None:
         """Have another process than the first draw its own random numbers from here on, the same
         ones whenever it stands at `number` of this epoch."""
         if self.first:
             return
-        seed = zlib.crc32(repr((self.salt, self.rank, number)).encode())
-        torch.manual_seed(seed)
-        random.seed(seed)
-        if "numpy" in sys.modules:
-            sys.modules["numpy"].random.seed(seed)
+        seed_everything(zlib.crc32(repr((self.salt, self.rank, number)).encode()))
 
 
 _GONE = "another process of this run is gone; its own error says why"

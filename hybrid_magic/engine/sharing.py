@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import random
-import sys
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +22,7 @@ from ..policy import batch as cutting
 from ..policy.facts import Settings
 from . import nested
 from .data import NOTHING, Past, Planner, SplitFeed, StepData, behind
-from .randomness import all_states, put_all_back
+from .randomness import all_states, put_all_back, seed_everything
 from .ranks import Ranks, current
 from .rewind import generators_of
 from .sampled import SampledFeed, check_loader, is_standard
@@ -205,7 +203,7 @@ class SharedSplitFeed(SplitFeed):
         generators = generators_of(loader)
         _alike(ranks, generators)
         super().__init__(loader, name)
-        self._ranks, self._generators, self._name = ranks, generators, name
+        self._ranks, self._generators = ranks, generators
         if self.note is not None:
             raise HybridMagicError(
                 f"{self.note}; wanted batches that can be shared by {ranks.size} processes; leave "
@@ -263,10 +261,6 @@ class _Apart:
         self._rank, self._own = rank, own
 
     def __call__(self, worker: int) -> None:
-        seed = zlib.crc32(repr((torch.initial_seed(), self._rank)).encode())
-        torch.manual_seed(seed)
-        random.seed(seed)
-        if "numpy" in sys.modules:
-            sys.modules["numpy"].random.seed(seed)
+        seed_everything(zlib.crc32(repr((torch.initial_seed(), self._rank)).encode()))
         if self._own is not None:
             self._own(worker)

@@ -34,14 +34,14 @@ def noise_measured(state: StepState, gathered: Gathered) -> tuple[list[Tensor], 
     if gathered.paired:
         pair = state.noise.pair(sum(gathered.sizes))
         return ([], None) if pair is None else (list(pair), "pair")
-    if gathered.shared:
-        gathered.small = sum(gathered.sizes) / state.together.ranks.size
-        return state.together.noise(state), "cut"
-    gathered.small = gathered.sizes[0]
-    factor: float | Tensor = 1.0 / gathered.apart
+    factor: float | Tensor = 1.0 if gathered.shared else 1.0 / gathered.apart
     if state.precision.scaler is not None:  # what was kept is scaled
         one = torch.ones((), device=state.device.device)
         factor = factor / state.precision.scaler.scale(one)
+    if gathered.shared:
+        gathered.small = sum(gathered.sizes) / state.together.ranks.size
+        return state.together.noise(state, factor), "cut"
+    gathered.small = gathered.sizes[0]
     return list(state.noise.cut(factor)), "cut"
 
 

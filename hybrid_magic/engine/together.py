@@ -161,15 +161,11 @@ class Together:
         dtype = torch.float64 if state.params[0].dtype == torch.float64 else torch.float32
         return stacked(values).to(dtype)
 
-    def noise(self, state: StepState) -> list[Tensor]:
-        """Return the norms of a noise measurement: how far the processes' gradients are from the
-        sum, on average, and the sum's."""
-        device = state.device.device
-        found = torch.zeros(2, device=device)
+    def noise(self, state: StepState, factor: float | Tensor) -> list[Tensor]:
+        """Return the norms of a noise measurement: how far the processes' gradients, each times its
+        `factor`, are from the sum, on average, and the sum's."""
+        found = torch.zeros(2, device=state.device.device)
         if state.noise.holds:
-            factor: Any = 1.0
-            if state.precision.scaler is not None:  # what was kept is scaled
-                factor = 1.0 / state.precision.scaler.scale(torch.ones((), device=device))
             norms = state.noise.cut(factor)
             found = torch.stack([norm.float() for norm in norms]).square() * self._part
         self.ranks.done(self.ranks.add_up(found))
