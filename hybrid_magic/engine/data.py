@@ -8,6 +8,7 @@ person's loader is never changed. Knows no model and no policy.
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -47,6 +48,22 @@ class Past:
 
 
 NOTHING = Past()
+_WORD_S = 1.0  # within which a worker's end is told
+
+
+def next_of(stream: Iterator[Any], *default: Any) -> Any:
+    """Return `next(stream, *default)`; a worker killed as it hands a batch over is named.
+
+    Its connection breaks some moments before torch, called by a signal, can tell which one died.
+
+    Raises:
+        RuntimeError: torch's word on that worker, from the handler of that signal.
+    """
+    try:
+        return next(stream, *default)
+    except (EOFError, ConnectionError):
+        time.sleep(_WORD_S)
+        raise
 
 
 @dataclass(slots=True)

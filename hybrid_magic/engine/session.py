@@ -22,7 +22,7 @@ from ..run import Run
 from . import nested, rehearse
 from .adopted import AdoptedRun
 from .control import RunControl
-from .data import StepData
+from .data import StepData, next_of
 from .device import attempt
 from .letting_go import let_go
 from .merge import Unmergeable, full_precision, merged
@@ -122,7 +122,7 @@ class Session:
         while not run.over:
             start = time.perf_counter()
             try:
-                batch = next(stream)
+                batch = next_of(stream)
             except StopIteration:
                 return
             run.waited += time.perf_counter() - start

@@ -20,7 +20,7 @@ from ..records import Sink
 from ..run import Run
 from . import ranks, together
 from .control import RunControl
-from .data import StepData
+from .data import StepData, next_of
 from .device import attempt, probe_for
 from .keeper import Keeper
 from .letting_go import let_go
@@ -249,7 +249,7 @@ def _next(stream: Iterator[StepData], state: TrainState) -> StepData | None:
     interrupts = state.interrupts
     interrupts.at_once = True
     try:
-        return next(stream, None)
+        return next_of(stream, None)
     except Exception:
         if interrupts.hit:
             raise KeyboardInterrupt from None

@@ -9,8 +9,10 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterator
+from multiprocessing import connection
 from typing import Any
 
 import pytest
@@ -20,7 +22,9 @@ from plain import mlp, vectors
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import hybrid_magic as hm
+from hybrid_magic.config import TrainConfig
 from hybrid_magic.engine.control import RunControl
+from hybrid_magic.engine.session import Session
 from hybrid_magic.engine.undo import Undo
 
 HOUSE = str(pathlib.Path(hm.__file__).parent)
@@ -448,13 +452,13 @@ def test_no_worker_process_outlives_a_run(how: str, persistent: bool) -> None:
     run: Any = None
     try:
         hm.train(model, loader, optimizer=optimizer, sink=sink, control=control, **options)
-    except (Mine, KeyboardInterrupt, RuntimeError, OSError) as error:
+    except (Mine, KeyboardInterrupt, RuntimeError) as error:
         found: Any = error
     else:
         found = None
     run = hm.last_run
     assert not multiprocessing.active_children()
-    expected = {"error": Mine, "killed": (RuntimeError, OSError), "interrupt": KeyboardInterrupt}
+    expected = {"error": Mine, "killed": RuntimeError, "interrupt": KeyboardInterrupt}
     assert isinstance(found, expected.get(how, type(None)))
     ends = {"interrupt": "interrupted", "stop": "stopped", "nothing": "finished"}
     assert run.outcome == ends.get(how, "failed")
@@ -468,6 +472,36 @@ def test_no_worker_process_outlives_a_run(how: str, persistent: bool) -> None:
         step_by_hand(model, optimizer, batch, [4])
     got["modes"] = []
     assert unequal(got, everything(model, optimizer) | {"modes": []}) == []
+
+
+@pytest.mark.parametrize("form", ["train", "loop"])
+def test_a_worker_killed_as_it_hands_a_batch_over_is_named(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection breaks first, and only then the system tells that the process is dead."""
+
+    def broken(*_: Any, **__: Any) -> Any:
+        (worker,) = multiprocessing.active_children()
+        threading.Timer(0.2, os.kill, (worker.pid, signal.SIGKILL)).start()
+        raise EOFError
+
+    def strike(*_: Any) -> None:
+        monkeypatch.setattr(connection, "Client", broken)
+
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    loader = DataLoader(Doomed(80, 50, "nothing"), batch_size=4, num_workers=1)
+
+    def looped() -> None:
+        session = Session(model, optimizer, TrainConfig(batch="fixed"), loader=loader)
+        for _ in session.batches(loader):
+            strike()
+
+    def trained() -> None:
+        hm.train(model, loader, optimizer=optimizer, sink=strike, batch="fixed")
+
+    with pytest.raises(RuntimeError, match="worker .* is killed by signal"):
+        looped() if form == "loop" else trained()
 
 
 class Stream(IterableDataset[Any]):
