@@ -25,6 +25,7 @@ from torch import Tensor
 from ..errors import HybridMagicError
 from .control import ACTIONS, SETTINGS, RunControl
 from .randomness import seed_everything
+from .rendezvous import fresh_store
 
 _ASKED = (*SETTINGS, *ACTIONS)
 _MOST_MAIL = 8  # requests handed on in one step; the others wait
@@ -65,7 +66,9 @@ class Ranks:
         if cuda:
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            store, rank, size = fresh_store()
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
             atexit.register(_leave_group)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.waiting: float | None = None

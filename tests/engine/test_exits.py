@@ -255,8 +255,8 @@ def strikes(name: str, kind: str, every: int) -> int:
             struck = True
         where = f"{kind} at {line[0]}:{line[1]}, the {occurrence}th time of {often}"
         check(made, before, where, counting=kind == "raised" and bool(HELD & tracer.within))
-        assert struck, where
-        count += 1
+        assert struck or tracer.left > 0, where  # what is due by the clock may not run again
+        count += struck
     return count
 
 

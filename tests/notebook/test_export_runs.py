@@ -6,11 +6,13 @@ The corpus is that of `tests/adopt`: loops as people write them.
 import json
 import os
 import pathlib
+import shutil
+import socket
 import subprocess
 import sys
 
 import pytest
-from test_export import FORGET, RUN, body, run, text
+from test_export import DATA, FORGET, MODEL, RUN, STEP, body, run, text
 
 from hybrid_magic import load_run
 
@@ -21,6 +23,10 @@ sys.path.insert(0, str(ROOT / "tests" / "adopt"))
 from cells import CELLS  # noqa: E402 - found by the line above
 
 SAME = "--precision fp32 --batch fixed --micro 16"
+AGENT = (
+    *("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
+    *("--rdzv-id", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint"),
+)
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -33,12 +39,22 @@ def notebook(empty_notebook, tmp_path):
 
 def start(folder, *words):
     """Run Python with `words` in `folder`; return what it prints."""
+    return end(begin(folder, *words))
+
+
+def begin(folder, *words):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    heard = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *words], cwd=folder, env=env, **heard)
+
+
+def end(program):
+    try:
+        out, err = program.communicate(timeout=120)
+    finally:
+        program.kill()
+    assert program.returncode == 0, out + err
+    return out
 
 
 def quickstart():
@@ -78,6 +94,32 @@ with open(f"seen-{{os.environ.get('RANK', 'alone')}}", "a") as file:
     file.write(" ".join(map(str, numbers.tolist())) + "\\n")
 loss = net(x).square().mean()
 """
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(300)
+def test_two_machines_train_as_one_and_the_first_keeps_the_record(notebook, tmp_path):
+    """Each has its agent, its folder and its copy of the script, as on two machines."""
+    run(notebook, DATA, MODEL, STEP, "%hybrid_export train.py")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    machines = [tmp_path / name for name in ("first", "second")]
+    agents = []
+    for machine in machines:
+        machine.mkdir()
+        shutil.copy(tmp_path / "train.py", machine)
+        agents.append(begin(machine, *AGENT, f"localhost:{port}", "train.py", "--weights", "it.pt"))
+    told = [end(agent) for agent in agents]
+    kept = [machine for machine in machines if (machine / "train.jsonl").exists()]
+    assert len(kept) == 1
+    assert sum("outcome" in each for each in told) == 1
+    done = load_run(kept[0] / "train.jsonl")
+    assert done.samples_seen == 96
+    assert [step.global_batch_size for step in done.history] == [8] * done.steps
+    assert done.start is not None
+    assert done.start.processes == 2
+    assert (kept[0] / "it.pt").exists()
 
 
 @pytest.mark.thorough
