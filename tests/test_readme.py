@@ -97,7 +97,7 @@ def test_options_that_it_names_exist():
     known = {flag_of(item) for item in fields}
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README))
     theirs = {"--no-deps", "--smoke", "--explain"}  # of pip, of a benchmark, of the magic alone
-    theirs |= {"--nproc-per-node", "--nnodes"}  # of torchrun
+    theirs |= {"--nproc-per-node", "--nnodes", "--max-restarts"}  # of torchrun
     assert named - known == theirs
 
 

@@ -44,8 +44,9 @@ Under Slurm, the batch file for sbatch:
     #SBATCH --gpus-per-node=4
     #SBATCH --cpus-per-task=16
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    srun torchrun --nnodes $SLURM_NNODES --nproc-per-node gpu --rdzv-id $SLURM_JOB_ID \\
-        --rdzv-backend c10d --rdzv-endpoint $head:29500 {file} --checkpoint checkpoints --resume
+    srun torchrun --nnodes $SLURM_NNODES --nproc-per-node gpu --max-restarts 3 \\
+        --rdzv-id $SLURM_JOB_ID --rdzv-backend c10d --rdzv-endpoint $head:29500 \\
+        {file} --checkpoint checkpoints --resume
 {said}"""'''
 
 _DEVICE = """if __name__ == "__main__" and torch.cuda.is_available():

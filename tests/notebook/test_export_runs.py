@@ -122,6 +122,44 @@ def test_two_machines_train_as_one_and_the_first_keeps_the_record(notebook, tmp_
     assert (kept[0] / "it.pt").exists()
 
 
+STRUCK = f"""%%hybrid_train --epochs 3 {SAME} --reduction mean --plain
+if started == ("1", "0") and glob.glob("kept/*.pt"):
+    os.kill(os.getpid(), 9)
+(x,) = batch
+loss = net(x).square().mean()
+"""
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(300)
+def test_what_torchrun_starts_again_goes_on_from_the_checkpoint(notebook, tmp_path):
+    """The second process is killed in the second epoch; then the first one comes late."""
+    run(
+        notebook,
+        "import glob, os, time\nimport torch\nfrom torch import nn\n"
+        "from torch.utils.data import DataLoader, TensorDataset",
+        'started = os.environ.get("RANK"), os.environ.get("TORCHELASTIC_RESTART_COUNT")',
+        "def made():\n"
+        '    time.sleep(3 * (started == ("0", "1")))\n'
+        "    torch.manual_seed(0)\n"
+        "    return nn.Linear(4, 2)",
+        "net = made()\noptimizer = torch.optim.SGD(net.parameters(), lr=0.1)",
+        "data = TensorDataset(torch.randn(4096, 4))",
+        "train_loader = DataLoader(data, batch_size=16, shuffle=True)",
+        STRUCK,
+        "%hybrid_export train.py",
+    )
+    words = ("train.py", "--checkpoint", "kept", "--resume", "--weights", "two.pt")
+    told = start(tmp_path, *TORCHRUN, "--max-restarts", "1", *words)
+    assert "went on from the checkpoint of step" in told
+    import torch
+
+    found = torch.load(tmp_path / "two.pt")
+    wanted = notebook.value("{n: p.tolist() for n, p in net.state_dict().items()}")
+    for name, values in wanted.items():
+        torch.testing.assert_close(found[name], torch.tensor(values), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.thorough
 @pytest.mark.timeout(300)
 def test_two_processes_use_every_sample_once_and_end_with_the_weights_of_one(notebook, tmp_path):
