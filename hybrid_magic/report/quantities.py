@@ -121,13 +121,11 @@ def share(ratio: float) -> str:
 def batch(global_size: int, micro_size: int, micro_batches: int, processes: int = 1) -> str:
     """Return a global batch and how it is cut: 96 = 48 x 2, or 100 in 4 pieces of up to 32; of
     several processes 96 = 24 x 2 on each of 2."""
-    if processes > 1:
-        even = global_size == micro_size * micro_batches * processes
-        cut = f"{'=' if even else 'as'} {count(micro_size)} {TIMES} {count(micro_batches)}"
-        return f"{count(global_size)} {cut} on each of {processes}"
-    if global_size == micro_size * micro_batches:
-        return f"{count(global_size)} = {count(micro_size)} {TIMES} {count(micro_batches)}"
-    return f"{count(global_size)} in {count(micro_batches)} pieces of up to {count(micro_size)}"
+    where = "" if processes == 1 else f" on each of {processes}"
+    if global_size == micro_size * micro_batches * processes:
+        return f"{count(global_size)} = {count(micro_size)} {TIMES} {count(micro_batches)}{where}"
+    cut = f"in {count(micro_batches)} pieces of up to {count(micro_size)}"
+    return f"{count(global_size)} {cut}{where}"
 
 
 def change(before: object, after: object) -> str:

@@ -1,5 +1,6 @@
 """The table of a run: true, readable, escaped."""
 
+import pytest
 from fake_training import FakeTraining, finished_run, start_record
 
 from hybrid_magic.records import BatchChangeRecord
@@ -8,6 +9,19 @@ from hybrid_magic.report import tables
 from hybrid_magic.run import Run
 
 HOSTILE = "<script>alert('x')</script>&\""
+
+
+@pytest.mark.parametrize(
+    ("cut", "said"),
+    [
+        ((96, 48, 2), "96 = 48 x 2"),
+        ((100, 32, 4), "100 in 4 pieces of up to 32"),
+        ((96, 24, 2, 2), "96 = 24 x 2 on each of 2"),
+        ((16, 2, 5, 2), "16 in 5 pieces of up to 2 on each of 2"),
+    ],
+)
+def test_a_batch_is_told_with_what_each_process_holds_at_once(cut, said):
+    assert q.batch(*cut) == said.replace("x", "\N{MULTIPLICATION SIGN}")
 
 
 def test_the_table_says_what_a_student_asks():
