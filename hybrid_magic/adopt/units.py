@@ -168,10 +168,15 @@ def counter(unit: Unit) -> set[str]:
 def _refuse_closures(tree: ast.Module, kinds: Kinds) -> None:
     functions = {node.name for node in ast.walk(tree) if isinstance(node, FUNCTIONS)}
     for call, owner in methods(ast.walk(tree), "step"):
-        closure = call.args and (
-            isinstance(call.args[0], ast.Lambda) or getattr(call.args[0], "id", "") in functions
+        kind = kinds.of(owner)
+        given = [*call.args[:1], *(word.value for word in call.keywords if word.arg == "closure")]
+        closure = any(
+            isinstance(each, ast.Lambda)
+            or getattr(each, "id", "") in functions
+            or (kind == "optimizer" and getattr(each, "value", each) is not None)
+            for each in given
         )
-        if closure and kinds.of(owner) not in ("scheduler", "scaler"):
+        if closure and kind not in ("scheduler", "scaler"):
             raise RefusedError(
                 call,
                 f"{text_of(call)} asks its closure for the loss many times a step; wanted an "

@@ -6,6 +6,7 @@ reads back, so nothing whose reading would run code.
 
 from __future__ import annotations
 
+import codecs
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from torch import Tensor
 from ..errors import HybridMagicError
 
 _ATOMS: tuple[type[Any], ...] = (bool, int, float, complex, str, bytes, bytearray)
+# What older torch does not read by itself, though it writes it.
+torch.serialization.add_safe_globals([set, complex, codecs.encode])
 _AS_THEY_ARE = (type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -153,6 +156,8 @@ def _without_numpy(value: Any) -> Any:
         return None
     if getattr(value, "ndim", 0) == 0:
         return value.item()
+    if value.dtype.kind == "u" and value.dtype.itemsize > 1:  # older torch cannot save these
+        return value.tolist() if value.dtype.itemsize > 4 else torch.tensor(value.astype("int64"))
     try:
         return torch.tensor(value)
     except TypeError:  # texts, dates: torch has no such dtype

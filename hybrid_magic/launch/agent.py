@@ -10,14 +10,17 @@ import dataclasses
 import logging
 import os
 import pathlib
+import signal
 import sys
 import threading
+import types
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import api as starting
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
@@ -90,7 +93,7 @@ class Agent:
 
     def _run(self) -> None:
         try:
-            with _quiet():
+            with _quiet(), _without_handlers():
                 launch_agent(self._config, sys.executable, ["-c", _BOOT, self._folder])
         except ChildFailedError as error:
             self.exit_codes = {rank: failed.exitcode for rank, failed in error.failures.items()}
@@ -119,3 +122,18 @@ def _quiet() -> Iterator[None]:
             os.environ.pop(_SIGNALS, None)
         else:
             os.environ[_SIGNALS] = found
+
+
+@contextmanager
+def _without_handlers() -> Iterator[None]:
+    """Have the agent set no signal handlers: before torch 2.6 it does, which no thread may."""
+    if hasattr(starting, "threading"):  # it looks which thread it is in
+        yield
+        return
+    found: Any = starting.signal
+    kept = {**vars(signal), "signal": lambda *_: None}
+    starting.signal = types.SimpleNamespace(**kept)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        starting.signal = found

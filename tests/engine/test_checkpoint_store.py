@@ -143,7 +143,7 @@ def test_random_states_of_python_and_numpy_go_through(opened: Callable[..., Stor
     assert found is not None
     random.setstate(found.tree["python"])
     name, keys, *rest = found.tree["numpy"]
-    np.random.set_state((name, keys.numpy(), *rest))  # noqa: NPY002
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     assert (random.random(), np.random.rand()) == expected  # noqa: NPY002
 
 

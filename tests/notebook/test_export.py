@@ -242,8 +242,10 @@ def test_its_first_lines_say_where_it_is_from_and_how_it_is_started(notebook):
         "    python train.py",
         "    torchrun --standalone --nproc-per-node 2 train.py",
         "    #SBATCH --nodes=2",
+        "--max-restarts 3",
         "--rdzv-id $SLURM_JOB_ID",
-        "--rdzv-endpoint $head:29500 train.py --checkpoint checkpoints --resume",
+        "--rdzv-endpoint $head:29500",
+        "        train.py --checkpoint checkpoints --resume",
     ):
         assert line in said
 

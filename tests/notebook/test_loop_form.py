@@ -260,9 +260,9 @@ net = DistributedDataParallel(net)
 
 
 def test_blank_lines_at_the_head_of_a_cell_count(notebook):
-    ran = notebook.run("%%hybrid_train\n\n\n" + LOOP.replace("opt.step()", "opt.step(lambda: 1)"))
+    ran = notebook.run("%%hybrid_train\n\n\n" + LOOP.replace("opt.step()", "opt.step(closure)"))
     assert ran.error == "UsageError"
-    assert ran.message.startswith("line 11: opt.step(lambda: 1) asks its closure ")
+    assert ran.message.startswith("line 11: opt.step(closure) asks its closure ")
 
 
 def test_two_trainings_of_a_cell_are_two_runs(notebook):
