@@ -18,6 +18,7 @@ from .forward import forward
 from .prepare import modes_kept
 from .reduction import Reduction
 from .step_state import StepState
+from .summing import same_buffers
 
 
 def evaluate(state: StepState, loader: Any) -> dict[str, float]:
@@ -33,6 +34,7 @@ def evaluate(state: StepState, loader: Any) -> dict[str, float]:
     sums: dict[str, tuple[Any, float]] = {}
     group = ranks.current()
     if group is not None:
+        same_buffers(group, state.model)  # the model that is validated is the one that is kept
         loader = sharing.batches_of(loader, group)
     with modes_kept(state.model), torch.no_grad():
         state.model.eval()

@@ -208,7 +208,7 @@ class TrainState:
             if control.mail and requests.answer(self, control):
                 return True
         group = ranks.current()
-        if self.interrupts.hit if group is None else group.agreed.interrupted:
+        if self.interrupts.hit if group is None else group.agreed.come_to_interrupt():
             raise KeyboardInterrupt
         if self.step == self._steps or (self.late if group is None else group.agreed.over):
             self.run.outcome = "finished"

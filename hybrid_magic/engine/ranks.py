@@ -46,11 +46,17 @@ class Wishes:
 
 @dataclass(slots=True)
 class Agreed:
-    """What all have agreed on in the newest meeting."""
+    """What all have agreed on in the newest meeting. `ended`: and this process has come to it."""
 
     interrupted: bool = False
     over: bool = False
     due: bool = False
+    ended: bool = False
+
+    def come_to_interrupt(self) -> bool:
+        """Return whether the run is interrupted, at the same step in every process."""
+        self.ended = self.interrupted
+        return self.ended
 
 
 class Ranks:

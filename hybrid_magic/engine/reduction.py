@@ -51,7 +51,7 @@ class Reduction:
 
     def counts(self, batches: Sequence[Any], sizes: Sequence[int]) -> list[float]:
         """Return what each micro-batch counts for: its samples, or its targets that count."""
-        if self.kind != "targets":
+        if self.kind != "targets" or not batches:
             return [float(size) for size in sizes]
         targets = [nested.at(batch, self.path) for batch in batches]
         if self.class_weight is None and not self.shift and all(map(_is_host_row, targets)):

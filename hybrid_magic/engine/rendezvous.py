@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from typing import Any
 
 import torch.distributed as dist
 
@@ -35,7 +36,8 @@ def agreed_name(store: dist.Store, rank: int, size: int) -> str:
     The first one writes a name, everyone answers with it and a name of its own, and goes on when
     the first one has repeated just that.
     """
-    own, end = uuid.uuid4().hex, time.monotonic() + store.timeout.total_seconds()
+    limit: Any = store  # torch tells of its `timeout` to no type checker
+    own, end = uuid.uuid4().hex, time.monotonic() + limit.timeout.total_seconds()
     if rank > 0:
         return _answered(store, rank, own, end)
     store.set(_CALL, own)

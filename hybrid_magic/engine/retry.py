@@ -124,7 +124,7 @@ def recut(data: StepData, sizes: Sequence[int]) -> StepData | None:
             size = next(ends)
             pieces.append(nested.rows(batch, start, start + size))
             start += size
-    return StepData(pieces, wanted, data.probe and len(wanted) > 1, whole=everyones)
+    return StepData(pieces, wanted, data.probe and len(everyones or wanted) > 1, whole=everyones)
 
 
 def _sizes(state: StepState, sizing: Sizing, data: StepData) -> Sequence[int]:

@@ -75,11 +75,7 @@ def open_shared_feed(
     check_loader(loader, name)
     if not is_standard(loader):
         return SharedSplitFeed(loader, name, ranks)
-    if isinstance(loader.sampler, DistributedSampler):
-        raise HybridMagicError(
-            f"{name} has a DistributedSampler, which hands out samples by itself; wanted the plain "
-            "loader, as each process takes its share of every step; leave the sampler out"
-        )
+    check_sampler(loader, name)
     try:
         len(loader.sampler)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError):
@@ -88,6 +84,15 @@ def open_shared_feed(
             "that ends, to tell every process its order; give it a __len__"
         ) from None
     return SharedSampledFeed(loader, workers, pin, ranks)
+
+
+def check_sampler(loader: Any, name: str) -> None:
+    """Raise HybridMagicError where the loader has been shared out by the person already."""
+    if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+        raise HybridMagicError(
+            f"{name} has a DistributedSampler, which hands out samples by itself; wanted the plain "
+            "loader, as each process takes its share of every step; leave the sampler out"
+        )
 
 
 @dataclasses.dataclass(slots=True)

@@ -64,10 +64,7 @@ class Sum:
             *pieces, rest = bucket.split([*sizes, bucket.numel() - sum(sizes)])
             found = rest if rest.numel() else found
             for param, summed in zip(part, pieces, strict=True):
-                if param.grad is None or param.is_contiguous():
-                    param.grad = summed.view_as(param)  # in the bucket, until the step is taken
-                else:
-                    param.grad.copy_(summed.view_as(param))
+                param.grad = _laid_out(summed, param)  # in the bucket, until the step is taken
         return found.clone()
 
     def _filled(
@@ -83,7 +80,7 @@ class Sum:
         if bucket is None or bucket.numel() != n:
             bucket = self._buckets[place] = torch.empty(n, device=place[0], dtype=place[1])
         *rooms, rest = bucket.split([*sizes, riding.numel()])
-        views = [room.view_as(param) for param, room in zip(part, rooms, strict=True)]
+        views = [_laid_out(room, param) for param, room in zip(part, rooms, strict=True)]
         held = [(view, param.grad) for param, view in zip(part, views, strict=True)]
         for view in (view for view, grad in held if grad is None):
             view.zero_()
@@ -94,6 +91,15 @@ class Sum:
             bucket.mul_(factor)
         rest.copy_(riding)
         return bucket
+
+
+def _laid_out(flat: Tensor, param: Tensor) -> Tensor:
+    """Return `flat`, 1-D, as a tensor like `param`, its strides too (channels_last): optimizers
+    that are one kernel want weight and gradient alike."""
+    spanned = 1 + sum((n - 1) * step for n, step in zip(param.shape, param.stride(), strict=True))
+    if spanned != param.numel():  # it has gaps or overlaps
+        return flat.view_as(param)
+    return flat.as_strided(param.shape, param.stride(), flat.storage_offset())
 
 
 def _parts(params: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -134,11 +140,13 @@ def same_start(ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer)
 
 def same_buffers(ranks: Ranks, model: nn.Module) -> None:
     """Give every process the same buffers: the mean of what batch norms have learned, the first
-    one's of all others."""
+    one's of all others. One that has another shape elsewhere (it was made of the data) stays."""
     norms = [part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     learned = {id(each) for part in norms for each in (part.running_mean, part.running_var)}
+    held = {(name, tuple(b.shape), str(b.dtype)): b for name, b in model.named_buffers()}
+    alike = set.intersection(*map(set, ranks.of_all(list(held))))
     with torch.no_grad():
-        for buffer in model.buffers():
+        for buffer in (buffer for what, buffer in held.items() if what in alike):
             if id(buffer) in learned:
                 ranks.done(ranks.add_up(buffer))
                 buffer.div_(ranks.size)

@@ -56,6 +56,7 @@ class Together:
         failure: Exception | None = None
         try:
             work()
+            self._weigh(state, data, gathered)
         except Exception as error:  # noqa: BLE001 - raised below, when the others know
             failure = error
         try:
@@ -65,7 +66,17 @@ class Together:
         finally:
             failure = None
         self._check(rows)
-        self._join(state, data, gathered, rows)
+        self.sure(self._join, state, data, gathered, rows)
+
+    def _weigh(self, state: StepState, data: StepData, gathered: Gathered) -> None:
+        """Find what this process's samples count for in the mean; keep its gradients, where the
+        noise is measured, while there being no memory for it can still be told."""
+        found = gathered.reduction
+        if found is not None:
+            gathered.count = sum(found.counts(data.batches, data.sizes))
+            gathered.shared &= found.kind != "sum"
+        if gathered.shared and gathered.count and gathered.losses:
+            state.noise.keep()
 
     def _row(
         self, state: StepState, data: StepData, gathered: Gathered, failure: Exception | None
@@ -81,8 +92,6 @@ class Together:
             row[_SIZE] = max(data.everyones) if at is None else data.everyones[at]
             return row
         found = gathered.reduction
-        if found is not None:
-            gathered.count = sum(found.counts(data.batches, data.sizes))
         row[_COUNT] = gathered.count
         row[_KIND] = -1 if found is None else _KINDS.index(found.kind)
         row[_LACKING] = any(param.grad is None for param in state.params)
@@ -134,19 +143,27 @@ class Together:
         summed = max(kinds) == _KINDS.index("sum")
         self._part = 1.0 if summed else gathered.count / total if total else 0.0
         if not data.batches:
-            gathered.since = state.device.mark()
+            self._stand_by(state, gathered)
+        elif total and not gathered.count and not summed:  # its mean, 0/0, is no part of the step's
+            gathered.losses, gathered.weights = [], []
+            for param in state.params:
+                param.grad = None
         gathered.aligned = all(row[_PIECES] for row in rows)
         gathered.shared &= not summed
-        if gathered.shared and gathered.losses:
-            state.noise.keep()
         if gathered.logged:
             self._names = tuple(gathered.logged)
         head = self._head(state, data, gathered)
-        lacking = any(row[_LACKING] for row in rows)
+        lacking = any(row[_LACKING] or not row[_COUNT] for row in rows)
         head = self._sum.gradients(state.params, self._part, head, lacking=lacking)
         loss, *logged = head.unbind()
         gathered.losses, gathered.weights = [loss], [1.0]
         gathered.logged = dict(zip(self._names, logged, strict=True))
+
+    def _stand_by(self, state: StepState, gathered: Gathered) -> None:
+        """Make what passes would have made, where this process has no sample in the step."""
+        gathered.since = state.device.mark()
+        if state.precision.scaler is not None:  # it makes its scale when it is first asked
+            state.precision.scaler.scale(torch.zeros((), device=state.device.device))
 
     def _head(self, state: StepState, data: StepData, gathered: Gathered) -> Tensor:
         """Return this process's part of the step's loss and of each logged value, [1 + names]."""
@@ -190,9 +207,9 @@ class Together:
         if found is not None:
             self.ranks.leave()
             raise OutOfMemoryError(
-                f"process {self.ranks.rank} ran out of memory when the others had changed their "
-                f"weights ({found}); wanted room for the optimizer; use a lower --memory, or an "
-                "optimizer with less state"
+                f"process {self.ranks.rank} ran out of memory when the others had gone on "
+                f"({found}); wanted room for the sum of the gradients and the optimizer; use a "
+                "lower --memory, or an optimizer with less state"
             )
         return result
 
@@ -229,6 +246,7 @@ def begin(
     """
     if ranks is None:
         return found
+    sharing.check_sampler(task.val, task.names["val"])
     settings = sharing.settings(found, ranks, task.feed.samples, task.names["loader"])
     same_start(ranks, task.model, optimizer)
     note = f"{ranks.size} processes train, each its share of every step's samples"
@@ -254,7 +272,7 @@ def attach(ranks: Ranks | None, state: TrainState, keeper: Keeper | None) -> Non
 def ended_by(error: BaseException | None) -> None:
     """Let this process end by itself where it is ended by what the others do not know of."""
     ranks = current()
-    agreed = ranks is None or (isinstance(error, KeyboardInterrupt) and ranks.agreed.interrupted)
+    agreed = ranks is None or (isinstance(error, KeyboardInterrupt) and ranks.agreed.ended)
     if ranks is not None and error is not None and not agreed:
         ranks.leave()
 

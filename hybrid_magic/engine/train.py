@@ -182,6 +182,8 @@ def _first_step(
         first = next(stream, None)
         if first is None and state.in_epoch:  # its last step was the last thing that was done
             return stream, sample_of(task)
+        if first is not None and not first.batches:  # others have the samples of this step
+            return itertools.chain([first], stream), sample_of(task)
     except Exception as error:
         why = str(error).strip().splitlines() or [""]
         raise HybridMagicError(
@@ -247,7 +249,7 @@ def _next(stream: Iterator[StepData], state: TrainState) -> StepData | None:
         KeyboardInterrupt: also where an interrupt has ended the loader's workers first.
     """
     interrupts = state.interrupts
-    interrupts.at_once = True
+    interrupts.at_once = state.step_state.together is None  # all leave at the same step
     try:
         return next_of(stream, None)
     except Exception:

@@ -98,7 +98,8 @@ def share(n: int, rank: int, ranks: int) -> tuple[int, int]:
 
 
 def merged(sizes: Sequence[int], least: int) -> list[int]:
-    """Return micro-batches put together with their neighbours until each has `least` samples."""
+    """Return micro-batches put together with their neighbours until each has `least` samples; all
+    of one size, where that keeps the largest nearer to what it was."""
     found: list[int] = []
     for size in sizes:
         if found and found[-1] < least:
@@ -107,6 +108,9 @@ def merged(sizes: Sequence[int], least: int) -> list[int]:
             found.append(size)
     if len(found) > 1 and found[-1] < least:
         found[-2:] = [found[-2] + found[-1]]
+    if max(found) > max(sizes):
+        alike = shares(sum(sizes), max(1, sum(sizes) // least))
+        found = min(found, list(alike), key=max)
     return found
 
 

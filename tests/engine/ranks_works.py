@@ -8,16 +8,24 @@ import dataclasses
 import os
 import pathlib
 import random
+import signal
 import sys
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    TensorDataset,
+)
 
 import hybrid_magic as hm
 from hybrid_magic.engine import progress
 from hybrid_magic.engine.control import RunControl
+from hybrid_magic.engine.gradients import NoiseProbe
 
 RANK, SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 SAMPLES = 107  # shared by no number of processes evenly
@@ -310,6 +318,125 @@ def half_way(folder=None, steps=5):
     return trained(model, shuffled(), Seen(), optimizer, **options)
 
 
+def a_last_step_of_one_sample():
+    return trained(network(), shuffled(data(17), batch_size=8), Seen())
+
+
+def a_share_without_targets():
+    rows = data(64)
+    targets = rows.tensors[1].view(16, 4).clone()
+    targets[::2, 2:] = -100  # the last process has nothing to learn from in every other step
+    targets[5] = -100  # and here nobody has
+    model = network()
+    loader = DataLoader(TensorDataset(rows.tensors[0], targets.view(-1)), batch_size=4)
+    return trained(model, loader, lambda m, b: F.cross_entropy(m(b[0]), b[1]))
+
+
+def memory_for_one_sample_each():
+    def step(model, batch):
+        if SIZE > 1 and len(batch[0]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    return trained(network(), shuffled(data(64), batch_size=8), step)
+
+
+def no_memory_to_keep_gradients():
+    """They are kept where the noise is measured."""
+    real, struck = NoiseProbe.keep, []
+
+    def keep(self):
+        if RANK == SIZE - 1 and not struck:
+            struck.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return real(self)
+
+    NoiseProbe.keep = keep
+    try:
+        return trained(network(), shuffled(), Seen(), batch="adaptive") | {"struck": len(struck)}
+    finally:
+        NoiseProbe.keep = real
+
+
+class Grown(nn.Module):
+    """Keeps a row as long as the longest batch that it has met; no process meets the others'."""
+
+    def __init__(self):
+        super().__init__()
+        self.main = network()
+        self.register_buffer("row", torch.ones(1))
+
+    def forward(self, x):
+        if len(x) * (RANK + 1) > len(self.row):
+            self.row = torch.ones(len(x) * (RANK + 1))
+        return self.main(x)
+
+
+def buffers_of_other_shapes():
+    return trained(Grown(), shuffled(), Seen()) | {"weights": {}}
+
+
+def validated_batch_norm():
+    torch.manual_seed(10)
+    model, rows = network(nn.BatchNorm1d(24)), DataLoader(data(60), batch_size=8)
+    found = trained(model, shuffled(), Seen(), val=rows)
+    model.eval()
+    with torch.no_grad():
+        losses = [float(F.cross_entropy(model(x), y)) * len(x) for x, y, _ in rows]
+    return found | {"truly": sum(losses) / 60, "said": found["summary"]["metrics"][-1]["loss"]}
+
+
+def shared_out_already():
+    rows = data()
+    sampler = DistributedSampler(rows, num_replicas=2, rank=RANK % 2)
+    try:
+        val = DataLoader(rows, batch_size=8, sampler=sampler)
+        trained(network(), shuffled(), Seen(), val=val)
+    except hm.HybridMagicError as error:
+        return {"error": str(error)}
+    return {"error": None}
+
+
+def interrupted(*, late=False, times=1):
+    """Interrupt the last process once it waits for data (`late`), or in its third step."""
+    seen, sent = Seen(), []
+
+    def strike():
+        if RANK == SIZE - 1 and len(seen.samples) > 20 and len(sent) < times:
+            sent.append(1)
+            signal.raise_signal(signal.SIGINT)
+
+    class Struck(Rows):
+        def __getitem__(self, index):
+            if late:
+                strike()
+            return super().__getitem__(index)
+
+    def step(model, batch):
+        if not late:
+            strike()
+        return seen(model, batch)
+
+    model = network()
+    folder = os.path.join(os.environ["WORKS_FOLDER"], f"interrupted {late} {SIZE}")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    try:
+        hm.train(model, shuffled(Struck()), step, optimizer=optimizer, checkpoint=folder, **FIXED)
+    except KeyboardInterrupt:
+        pass
+    run = hm.last_run
+    names = [name for name in os.listdir(folder) if name.endswith(".pt")] if RANK == 0 else []
+    return {"outcome": run.outcome, "steps": run.steps, "checkpoints": names}
+
+
+def interrupted_in_a_step():
+    return interrupted()
+
+
+def interrupted_while_it_reads():
+    return interrupted(late=True)
+
+
 def too_small_a_batch():
     model = network()
     before = [param.clone() for param in model.parameters()]
@@ -334,7 +461,10 @@ WORKS = {
         a_fixed_batch, a_growing_batch, token_losses, a_sum, an_iterable,
         a_list_of_batches, worker_processes, batch_norm, dropout, memory_that_runs_out_in_one,
         validation, unused_weights, a_loss_that_is_not_finite_in_one, half_precision,
-        stopped_by_hand, minutes, gone_on_with, half_way, too_small_a_batch, other_models,
+        stopped_by_hand, minutes, gone_on_with, half_way, too_small_a_batch,
+        a_last_step_of_one_sample, a_share_without_targets, memory_for_one_sample_each,
+        no_memory_to_keep_gradients, buffers_of_other_shapes, validated_batch_norm,
+        shared_out_already, interrupted_in_a_step, interrupted_while_it_reads, other_models,
     )
 }  # fmt: skip
 

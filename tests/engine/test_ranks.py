@@ -12,17 +12,21 @@ import pytest
 import ranks_works
 import torch
 
+from hybrid_magic.engine.summing import _laid_out
+
 pytestmark = pytest.mark.slow
 PROGRAM = pathlib.Path(ranks_works.__file__)
 LIKE_ONE = [
     "a_fixed_batch", "token_losses", "a_sum", "an_iterable", "a_list_of_batches",
     "worker_processes", "memory_that_runs_out_in_one", "validation", "unused_weights",
-    "a_loss_that_is_not_finite_in_one", "other_models",
+    "a_loss_that_is_not_finite_in_one", "other_models", "a_last_step_of_one_sample",
+    "a_share_without_targets", "memory_for_one_sample_each",
 ]  # fmt: skip
 
 OF_FOUR = [
     "a_fixed_batch", "token_losses", "an_iterable", "memory_that_runs_out_in_one",
     "unused_weights", "gone_on_with", "dropout", "batch_norm", "too_small_a_batch",
+    "a_last_step_of_one_sample", "a_share_without_targets", "memory_for_one_sample_each",
 ]  # fmt: skip
 BY_WORK = [(work, n) for n in (2, 4) for work in LIKE_ONE if n == 2 or work in OF_FOUR]
 
@@ -157,3 +161,46 @@ def test_a_batch_smaller_than_the_processes_is_refused_before_anything_changes(f
     for each in (results["too_small_a_batch"] for results in found[4]):
         assert "a step has 1 samples of the loader, and there are 4 processes" in each["error"]
         assert each["same"]
+
+
+def test_no_memory_to_keep_gradients_is_answered_by_all(found):
+    results = [each["no_memory_to_keep_gradients"] for each in found[2]]
+    assert [each["struck"] for each in results] == [0, 1]
+    assert all(each["summary"]["outcome"] == "finished" for each in results)
+    assert all(each["summary"]["retries"] == 1 for each in results)
+    assert alike(results)
+
+
+def test_buffers_that_each_process_makes_of_its_data_stay(found):
+    results = [each["buffers_of_other_shapes"] for each in found[2]]
+    assert all(each["summary"]["outcome"] == "finished" for each in results)
+
+
+def test_the_model_that_is_validated_is_the_one_that_is_kept(found):
+    for each in (results["validated_batch_norm"] for results in found[2]):
+        assert each["said"] == pytest.approx(each["truly"])
+
+
+def test_a_validation_loader_that_is_shared_out_already_is_refused(found):
+    for each in (results["shared_out_already"] for results in found[2]):
+        assert "the validation loader has a DistributedSampler" in each["error"]
+
+
+@pytest.mark.parametrize("work", ["interrupted_in_a_step", "interrupted_while_it_reads"])
+def test_an_interrupt_of_one_process_ends_all_at_the_same_step_with_its_checkpoint(found, work):
+    results = [each[work] for each in found[2]]
+    assert all(each["outcome"] == "interrupted" for each in results)
+    (steps,) = {each["steps"] for each in results}
+    assert steps > 0
+    assert results[0]["checkpoints"] == [f"checkpoint-{steps:08d}.pt"]
+
+
+def test_what_is_summed_is_laid_out_as_the_weights_are():
+    param = torch.empty(4, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+    for each in (param, param[:, :, :1, :1], torch.empty(4, 3).t(), torch.empty(5)):
+        flat = torch.arange(each.numel() + 3.0)[3:]
+        made = _laid_out(flat, each)
+        assert made.shape == each.shape
+        assert sorted(made.flatten().tolist()) == flat.tolist()
+        if each.is_contiguous() or each is param:
+            assert made.stride() == each.stride()

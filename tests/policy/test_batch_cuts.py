@@ -95,3 +95,15 @@ def test_rounding_gives_up_a_third_at_most_and_a_fifteenth_of_large_sizes(size):
     rounded = batch.rounded(size)
     assert rounded <= size
     assert rounded > size * (0.66 if size < 128 else 14 / 15)
+
+
+@given(st.integers(1, 300), st.integers(1, 64), st.integers(1, 9))
+def test_micro_batches_of_several_processes_have_a_sample_for_each_and_can_be_cut(n, micro, least):
+    sizes = batch.split(n, micro)
+    found = batch.merged(sizes, least)
+    assert sum(found) == n
+    assert min(found) >= min(least, n)
+    if len(sizes) > 1 and n >= 2 * least:  # one that must be smaller gets smaller
+        assert max(found) < n
+    if max(sizes) >= 2 * least:
+        assert max(found) <= max(sizes)
