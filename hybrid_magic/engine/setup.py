@@ -101,8 +101,7 @@ def settings_for(
     checked: Any = config  # its values were checked when it was made
     if feed.most is not None and isinstance(config.micro, int) and config.micro > feed.most:
         raise ConfigError(
-            f"--micro {config.micro} is above {feed.most}, the batch that "
-            f"{task.names['loader']} yields; its "
+            f"--micro {config.micro} is above {feed.most}, a batch of {task.names['loader']}; its "
             f"batches can be cut and not joined; use at most {feed.most}, or a map-style DataLoader"
         )
     return steering.Settings(
@@ -169,6 +168,7 @@ def open_state(
             ready.precision, reason = ready.together.of_first(ready.precision, reason, probe.device)
     if use_fast_formats(undo, task.model, ready.precision, probe.device) and not task.adopted:
         ready.mover = mover_for(probe.device, channels_last=True)
+    undo.push(lambda: ready.transaction.roll_back(ready.steps))  # before formats are put back
     make_up_front(optimizer, made)
     _let_skip_on_device(ready)
     if tree is not None:
