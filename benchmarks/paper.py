@@ -208,10 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def numbered(name: str) -> torch.device:
     """Return the device; a GPU with its number, as its tensors have it."""
-    device = torch.device(name)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    return torch.empty(0, device=name).device
 
 
 def command_of(asked: argparse.Namespace) -> str:

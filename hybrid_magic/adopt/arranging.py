@@ -8,12 +8,14 @@ is for main(): worker processes of a DataLoader import the module and must not r
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .names import base, exposed, own_scope
+from .names import FUNCTIONS, base, exposed, own_scope
 from .pieces import DEFINITIONS, IMPORTS, Piece
 
+_DRAWING = re.compile(r"(rand|perm|sampl|choice|shuffle|normal|uniform)\w*\Z|\bnn\.[A-Z]\w*\Z")
 _SURROUNDINGS = {"environ", "putenv", "path", "chdir"}  # what an import may depend on
 
 
@@ -46,7 +48,7 @@ def arrange(kept: Sequence[Piece], needed: set[str]) -> Arranged:
         local = set().union(*(piece.binds for piece in main))
         outer = (late | exposed(body)) & local  # a function's own names are none of the module's
         inside = [place for place, piece in enumerate(rest) if piece in main]
-        binding = [place for place in inside if rest[place].binds & outer]
+        binding = [n for n in inside if rest[n].binds & outer or _draws_at_once(rest[n].node)]
         if not binding:
             return Arranged(imports, [*rest[:cut], *hoisted], main)
         cut = max(binding) + 1
@@ -109,11 +111,22 @@ def _hoisted(pieces: Sequence[Piece], times: Sequence[str]) -> list[Piece]:
     local: set[str] = set()
     for piece in pieces:
         once = all(times.count(name) == 1 for name in piece.binds)
-        if _defines(piece.node) and once and not piece.now & local:
+        stays = _draws_at_once(piece.node) or piece.now & local
+        if _defines(piece.node) and once and not stays:
             found.append(piece)
         else:
             local |= piece.binds
     return found
+
+
+def _draws_at_once(node: ast.stmt) -> bool:
+    """Return whether a definition draws random numbers where it stands, so that its place counts:
+    `class Net: mask = torch.rand(3)`."""
+    inside = node.body if isinstance(node, ast.ClassDef) else []
+    parts = [part for each in inside for part in own_scope(each)]
+    parts += ast.walk(node.args) if isinstance(node, FUNCTIONS) else []
+    calls = [part for part in parts if isinstance(part, ast.Call)]
+    return any(_DRAWING.search(ast.unparse(call.func)) for call in calls)
 
 
 def _defines(node: ast.stmt) -> bool:

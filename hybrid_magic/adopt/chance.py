@@ -16,11 +16,13 @@ _STEADY = {"print", "len", "range", "int", "float", "str", "max", "min", "sum", 
 _RANDOM = re.compile(r"\A[A-Z]|rand|shuffle|perm|sampl|choice|normal|uniform|split|_\Z")
 
 
-def draws(node: ast.AST) -> bool:
-    """Return whether a statement may draw random numbers: it makes layers, calls functions, or
-    goes through a loader."""
+def draws(world: World, node: ast.AST) -> bool:
+    """Return whether a statement may draw random numbers: it makes layers, calls functions, goes
+    through a loader, or takes a sample of a data set."""
     for part in own_scope(node):
         match part:
+            case ast.Subscript(value=owner, ctx=ast.Load()) if _is_data_set(world, base(owner)):
+                return True
             case ast.For(iter=ast.Call(func=ast.Name(id="range"))):
                 continue
             case ast.For():
@@ -34,16 +36,25 @@ def draws(node: ast.AST) -> bool:
     return False
 
 
-def seeds(world: World, node: ast.AST) -> bool:
-    """Return whether a statement is there to seed: `torch.manual_seed(0)`, `fix_seeds()`."""
-    if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
+def _is_data_set(world: World, name: str) -> bool:
+    """Return whether a name is a data set's that may transform its samples at random."""
+    kinds = world.kinds(name)
+    return "Dataset" in kinds and "TensorDataset" not in kinds
+
+
+def seeds(world: World, node: ast.AST, seen: frozenset[str] = frozenset()) -> bool:
+    """Return whether a statement is there to seed: `torch.manual_seed(0)`, `fix_seeds()`.
+
+    Args:
+        seen: functions that are being read already.
+    """
+    if not (isinstance(node, (ast.Expr, ast.Assign)) and isinstance(node.value, ast.Call)):
         return False
     func = node.value.func
-    given = world.given.get(base(func))
-    imported = given is not None and given.package is not None
+    imported = world.is_package(base(func))
     if "seed" in last_name(func).lower() and (imported or isinstance(func, ast.Name)):
         return True
-    return isinstance(func, ast.Name) and _seeds_inside(world, func.id)
+    return isinstance(func, ast.Name) and _seeds_inside(world, func.id, seen)
 
 
 def reseeds(world: World, node: ast.AST) -> bool:
@@ -52,7 +63,8 @@ def reseeds(world: World, node: ast.AST) -> bool:
     return seeds(world, node) or any(_seeds_inside(world, name) for name in names)
 
 
-def _seeds_inside(world: World, name: str) -> bool:
-    given = world.given.get(name)
-    node = given.made_by.node if given is not None and given.made_by is not None else None
-    return isinstance(node, FUNCTIONS) and any(seeds(world, part) for part in own_scopes(node.body))
+def _seeds_inside(world: World, name: str, seen: frozenset[str] = frozenset()) -> bool:
+    node = world.definition(name)
+    if name in seen or not isinstance(node, FUNCTIONS):
+        return False
+    return any(seeds(world, part, seen | {name}) for part in own_scopes(node.body))

@@ -7,10 +7,11 @@ refused, at its line. What only tells (prints, running losses, evaluation) is le
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 
 from .effects import effect
+from .modes import Modes, in_eval_mode
 from .names import base, bound, own_scope, reads
 from .pieces import Piece
 from .plan import Loop
@@ -43,6 +44,7 @@ class LoopStep:
     interval: str | None = None
     clip: str | None = None
     left: list[ast.stmt] = field(default_factory=list)
+    in_training_mode: bool = False  # whether the loop puts all of the model into training mode
 
     def needs(self) -> set[str]:
         """Return the names of the notebook that the step reads, besides model and batch."""
@@ -53,12 +55,15 @@ class LoopStep:
         return found - made - {self.model}
 
 
-def loop_step(tree: ast.Module, loop: Loop, model: str | None, world: World) -> LoopStep:
+def loop_step(
+    tree: ast.Module, loop: Loop, model: str | None, world: World, evals: Set[str] = frozenset()
+) -> LoopStep:
     """Return a planned loop of a cell as a step.
 
     Args:
         model: the name of what it trains, None where that is not one model with a name.
         world: what names stand for before the loop.
+        evals: the names of networks in eval mode before the cell.
     Raises:
         RefusedError: what trains is more than the step; its line, and what to do instead.
     """
@@ -92,6 +97,19 @@ def loop_step(tree: ast.Module, loop: Loop, model: str | None, world: World) -> 
         outer=outer,
     )
     _look_through(found, loop, above, world)
+    modes = Modes(world, found.model, tree if found.model in evals else None)
+    for node in tree.body[: tree.body.index(outer)]:
+        modes.past(node)
+    modes.trained = False
+    at = unit.node.lineno
+    first, last = ([n for n in above if (n.lineno < at) is early] for early in (True, False))
+    lines = {part.lineno for node in loop.split.work for part in _plain(node)}
+    cause = in_eval_mode(modes, first, unit.body, lines, last)
+    if cause is tree:
+        raise _refusal(unit.node, f"the loop trains {found.model} in eval mode, as it was before")
+    if cause is not None:
+        raise _refusal(cause, f"`{_first(cause)}` has {found.model} train in eval mode, or parts")
+    found.in_training_mode = modes.trained
     return found
 
 
@@ -193,8 +211,9 @@ def _check_telling(node: ast.stmt, needs: set[str], model: str, world: World) ->
     if done.trains or done.seeds:
         raise _refusal(node, f"`{_first(node)}` {'trains' if done.trains else 'seeds'}, too")
     written = bound(node) & needs
-    if world.objects(done.changes) & world.objects(needs):
-        written |= done.changes
+    touched = world.objects(done.changes)
+    known = {name for name in needs if world.objects([name]) & touched and world.is_data(name)}
+    written |= known & done.changes or known
     if written:
         raise _refusal(node, f"`{_first(node)}` changes {min(written)} while it trains")
 

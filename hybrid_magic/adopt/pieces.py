@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import symtable
 import tokenize
 from collections.abc import Iterator, Set
@@ -70,7 +71,7 @@ def pieces_of(text: str, cell: int, *, first_line: int = 1) -> list[Piece]:
         SyntaxError: it has none.
     """
     found: list[Piece] = []
-    rows = text.splitlines()
+    rows = lines_of(text)
     before = 0  # the last line of the statement before
     for node in ast.parse(text).body:
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
@@ -84,6 +85,13 @@ def pieces_of(text: str, cell: int, *, first_line: int = 1) -> list[Piece]:
         at = first + first_line - 1, before + first_line - 1
         found.append(Piece(node, "\n".join(said), cell, *at, apart))
     return found
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a program as Python counts them: str.splitlines() ends some at a form
+    feed, too."""
+    rows = re.split(r"\r\n|\r|\n", text)
+    return rows if rows[-1] else rows[:-1]
 
 
 def _own_text(rows: list[str], node: ast.stmt, first: int) -> str:
@@ -154,7 +162,7 @@ def indented(text: str, by: str = "    ") -> str:
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type in strings:
             inside.update(range(token.start[0] + 1, token.end[0] + 1))
-    rows = text.splitlines()
+    rows = lines_of(text)
     return "\n".join(
         row if number in inside or not row.strip() else by + row
         for number, row in enumerate(rows, 1)

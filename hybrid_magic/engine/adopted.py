@@ -200,13 +200,13 @@ class AdoptedRun:
         the first step whatever it raises, later where its loss says so. Return whether that is
         so."""
         step, state = self.step, self.state
-        if step is None or state is None:
-            return False
-        if step.steps > 0 and not precisions.refuses_autocast(error):
+        known = step is not None and (step.steps == 0 or precisions.refuses_autocast(error))
+        if step is None or state is None or not known:
             return False
         found, ours = step.precision, self._config.precision == "auto"
         if found.mixed and ours:
             step.precision = Precision("fp32", self.probe.device)
+            step.lay_out_plainly()
             why = str(error).partition("\n")[0][:120]
             reason = f"this loop does not compute in {found.name} ({why}); going on in fp32"
             state.emit(BatchChangeRecord(step.steps, found.name, "fp32", "precision", reason))

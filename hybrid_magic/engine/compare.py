@@ -22,6 +22,7 @@ from ..records import Record, Sink, StartRecord, StepRecord, TrialRecord, TrialS
 from ..run import Run
 from .control import RunControl, hand_on
 from .device import CpuProbe, DeviceProbe
+from .prepare import tf32_places
 from .rewind import PutBack, undone
 from .setup import environment
 
@@ -242,9 +243,18 @@ def _arithmetic(tf32: bool | None) -> Iterator[None]:
         return
     products: Any = torch.backends.cuda.matmul
     convolutions: Any = torch.backends.cudnn
-    found = products.allow_tf32, convolutions.allow_tf32
-    products.allow_tf32, convolutions.allow_tf32 = False, tf32
+    switches = [(products, "allow_tf32", False), (convolutions, "allow_tf32", tf32)]
+    try:
+        found = [getattr(place, name) for place, name, _ in switches]
+    except RuntimeError:  # the person uses torch's newer switches, and it mixes no two
+        words = ["ieee", *(["tf32" if tf32 else "ieee"] * 2)]
+        places = zip(tf32_places(), words, strict=True)
+        switches = [(place, "fp32_precision", word) for place, word in places]
+        found = [place.fp32_precision for place in tf32_places()]
+    for place, name, value in switches:
+        setattr(place, name, value)
     try:
         yield
     finally:
-        products.allow_tf32, convolutions.allow_tf32 = found
+        for (place, name, _), value in zip(switches, found, strict=True):
+            setattr(place, name, value)

@@ -72,12 +72,15 @@ class Held:
             ):
                 continue
             if where is not None:
-                flat = torch.where(where, flat.to(views[0].device), torch.cat(views))
+                device = views[0].device  # a part of the model may be elsewhere
+                flat = torch.where(where.to(device), flat.to(device), torch.cat(views))
             torch._foreach_copy_(views, list(flat.split([view.numel() for view in views])))
         for tensor, copy in self._odd:
             if changed and torch.equal(tensor, copy):
                 continue
-            tensor.copy_(copy if where is None else torch.where(where, copy, tensor))
+            tensor.copy_(
+                copy if where is None else torch.where(where.to(tensor.device), copy, tensor)
+            )
 
     def leave_device(self) -> None:
         """Give back the copies on an accelerator; the next ones go to the host."""
@@ -146,4 +149,4 @@ class Own:
             for name, old in (found or {}).items():
                 new = place.get(name)
                 if new is not old and new is not None and old is not None:  # the step replaced it
-                    place[name] = torch.where(where, old, new)
+                    place[name] = torch.where(where.to(new.device), old.to(new.device), new)

@@ -24,6 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import nested
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_UNCOUNTED = frozenset(  # recurrent layers in one operation, which torch has no formula for
+    name + way
+    for name in ("_cudnn_rnn", "miopen_rnn", "mkldnn_rnn_layer")
+    for way in ("", "_backward")
+)
 _READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2")
 _FOLDERS = os.path.dirname(os.path.dirname(__file__)), os.path.dirname(torch.__file__)
 _OURS = tuple(os.path.join(folder, "") for folder in _FOLDERS)
@@ -65,8 +70,9 @@ class Ledger(TorchDispatchMode):
     """Enter it as a context for one step; moments are numbers that only grow.
 
     `entries` are the pieces of memory; `flops` hold (moment, path, precision, operations, whether
-    of a convolution), `traffic` (moment, bytes), `attention` (moment, bytes, shape) of scores that
-    were written out. `path` is of the module whose turn it is.
+    of a convolution), `uncounted` (moment, path) of arithmetic that has no formula, `traffic`
+    (moment, bytes), `attention` (moment, bytes, shape) of scores that were written out. `path` is
+    of the module whose turn it is.
     """
 
     def __init__(self, device: torch.device, mark: Callable[[], Any]) -> None:
@@ -77,6 +83,7 @@ class Ledger(TorchDispatchMode):
         self._formulas = flop_registry
         self.entries: list[Entry] = []
         self.flops: list[tuple[int, str | None, str, int, bool]] = []
+        self.uncounted: list[tuple[int, str | None]] = []
         self.traffic: list[tuple[int, int]] = []
         self.copies: list[Copied] = []
         self.reads: list[Read] = []
@@ -156,8 +163,11 @@ class Ledger(TorchDispatchMode):
         formula = self._formulas.get(func._overloadpacket)
         if formula is not None and given:
             count = int(formula(*args, **kwargs, out_val=out))
-            precision = NAMES.get(given[-1].dtype, str(given[-1].dtype).removeprefix("torch."))
+            dtype = given[0].dtype  # the last one may be a scale, or a random seed
+            precision = NAMES.get(dtype, str(dtype).removeprefix("torch."))
             self.flops.append((self.now, self.path, precision, count, "conv" in name))
+        elif name in _UNCOUNTED:
+            self.uncounted.append((self.now, self.path))
         if name == "_softmax" and made[0].dim() > 2:
             shape = tuple(made[0].shape)
             if shape[-1] == shape[-2] >= _LEAST_SCORES:
@@ -167,7 +177,8 @@ class Ledger(TorchDispatchMode):
     # -- between host and device --
 
     def _crossing(self, name: str, given: Any, made: Any, before: Any, taken: float) -> None:
-        if name in _READS or (
+        waited = name in _READS and any(tensor.device.type == self._device.type for tensor in given)
+        if waited or (
             name == "_to_copy" and given[0].device != made[0].device and not _is_host(given[0])
         ):
             self.reads.append(Read(self.now, _site(), taken))

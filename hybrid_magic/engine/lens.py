@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +65,7 @@ class Sent:
     start: Any
     end: Any
     host_s: float
-    pinned: bool | None
+    pinned: bool
 
 
 class Lens:
@@ -86,6 +87,7 @@ class Lens:
         self._mode = "pass"
         self._begun = self._retried = False
         self._input_bytes = 0
+        self._mover: _TimedMover | None = None
         self._ended: float | None = None
         self._watch: ModuleWatch | None = None
         self._ledger: Ledger | None = None
@@ -116,7 +118,7 @@ class Lens:
         probe.mark = self._mark
         probe.seconds = lambda end, start: seconds(_device(end), _device(start))
         if step.mover is not None:
-            step.mover = _TimedMover(step.mover, self._marking, self.sends)
+            step.mover = self._mover = _TimedMover(step.mover, self._marking, self.sends)
         step.lens = self
         self._mode = self._choose(None)
 
@@ -158,6 +160,8 @@ class Lens:
             states = (value for state in step.optimizer.state.values() for value in state.values())
             ledger.note(states, "optimizer state")
             ledger.note(nested.leaves([data.batches, data.coming]), "input")
+            if self._mover is not None:  # the next step's first micro-batch, sent ahead
+                ledger.note(self._mover.newest(), "input")
             ledger.__enter__()
         elif self._mode == "trace":
             self._trace(True)
@@ -225,17 +229,25 @@ class _TimedMover(Mover):
 
     def __init__(self, mover: Mover, mark: Callable[[], Any], sends: list[Sent]) -> None:
         self._mover, self._mark, self._sends = mover, mark, sends
+        self._newest: list[weakref.ref[torch.Tensor]] = []
 
     def send(self, batch: Any) -> Any:
-        leaf = next((x for x in nested.leaves(batch) if isinstance(x, torch.Tensor)), None)
-        pinned = None if leaf is None else leaf.is_pinned()
+        host = (x for x in nested.leaves(batch) if nested.is_plain(x) and x.device.type == "cpu")
+        leaf = next(host, None)
+        pinned = leaf is not None and leaf.is_pinned()
         began = time.perf_counter()
         with self._mover.copying():
             before = self._mark()
             moved = self._mover.send(batch)
             after = self._mark()
-        self._sends.append(Sent(before, after, time.perf_counter() - began, pinned))
+        if leaf is not None:  # else nothing was copied yet
+            self._sends.append(Sent(before, after, time.perf_counter() - began, pinned))
+        self._newest = [weakref.ref(x) for x in nested.leaves(moved) if nested.is_plain(x)]
         return moved
+
+    def newest(self) -> list[torch.Tensor]:
+        """Return the tensors of what was sent last, as far as they are still there."""
+        return [tensor for ref in self._newest if (tensor := ref()) is not None]
 
     def receive(self, moved: Any) -> Any:
         return self._mover.receive(moved)

@@ -51,7 +51,7 @@ def modules_of(
                 sum(t.numel() * t.element_size() for t in held.values()),
                 None if base is None else activations[path],
                 None if base is None else base.module_peaks.get(path),
-                None if base is None else flops[path],
+                None if base is None or path in base.uncounted else flops[path],
             )
         )  # fmt: skip
     outside = [

@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 
 def map_leaves(tree: Any, fn: Callable[[Any], Any]) -> Any:
@@ -56,17 +57,23 @@ def leaves(tree: Any) -> Iterator[Any]:
 
 def paths(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Yield (path, leaf) of every leaf; `at` finds it again in another batch of the same kind."""
-    if isinstance(tree, Mapping):
-        parts: Any = tree.items()
-    elif isinstance(tree, (list, tuple)):
-        parts = enumerate(tree)
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        parts = ((name, getattr(tree, name)) for name in _field_names(tree))
-    else:
+    parts = _parts(tree)
+    if parts is None:
         yield path, tree
         return
     for key, part in parts:
         yield from paths(part, (*path, key))
+
+
+def _parts(tree: Any) -> Iterable[tuple[Any, Any]] | None:
+    """Return (key, part) of what a container holds, None for a leaf."""
+    if isinstance(tree, Mapping):
+        return tree.items()
+    if isinstance(tree, (list, tuple)):
+        return enumerate(tree)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return ((name, getattr(tree, name)) for name in _field_names(tree))
+    return None
 
 
 def at(tree: Any, path: tuple[Any, ...]) -> Any:
@@ -101,18 +108,48 @@ def _equal_plain(one: Any, other: Any) -> bool:
     return isinstance(one, plain) and isinstance(other, plain) and one == other
 
 
+def is_plain(leaf: Any) -> bool:
+    """Return whether this is a tensor in one piece of memory: neither sparse nor nested."""
+    return isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided and not leaf.is_nested
+
+
+def from_host(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return `tree` with `change` of its plain tensors on the host; all else stays as it is."""
+
+    def at(leaf: Any) -> Any:
+        return change(leaf) if is_plain(leaf) and leaf.device.type == "cpu" else leaf
+
+    return _with_packed_whole(tree, at)
+
+
 def to_device(tree: Any, device: torch.device, *, channels_last: bool = False) -> Any:
     """Return `tree` with its tensors, and objects that have a `.to`, on `device` (non-blocking)."""
 
     def move(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
-            if channels_last and leaf.dim() == 4:
-                return leaf.to(device, non_blocking=True, memory_format=torch.channels_last)
-            return leaf.to(device, non_blocking=True)
+            return tensor_to(leaf, device, channels_last=channels_last)
         mover = getattr(leaf, "to", None)
+        if isinstance(leaf, PackedSequence) and mover:  # leaves its batch_sizes on the host
+            return mover(device, non_blocking=True)
         return mover(device) if callable(mover) else leaf
 
-    return map_leaves(tree, move)
+    return _with_packed_whole(tree, move)
+
+
+def tensor_to(
+    tensor: torch.Tensor, device: torch.device, *, channels_last: bool = False
+) -> torch.Tensor:
+    """Return `tensor` on `device` (non-blocking), images with their channels last if asked to."""
+    if channels_last and tensor.dim() == 4 and is_plain(tensor):
+        return tensor.to(device, non_blocking=True, memory_format=torch.channels_last)
+    return tensor.to(device, non_blocking=True)
+
+
+def _with_packed_whole(tree: Any, fn: Callable[[Any], Any]) -> Any:
+    """Return what `map_leaves` does, but for packed sequences, which are leaves of their own."""
+    if isinstance(tree, (torch.Tensor, PackedSequence)):
+        return fn(tree)
+    return _rebuilt(tree, lambda part: _with_packed_whole(part, fn), fn)
 
 
 def count(batch: Any) -> int | None:
@@ -131,9 +168,15 @@ def count(batch: Any) -> int | None:
         return batch.size
     sizes = {leaf.shape[0] for leaf in leaves(batch) if _has_rows(leaf)}
     if len(sizes) == 1 and not _per_sample(batch, sizes):
-        return sizes.pop()
+        return None if _holds_packed(batch) else sizes.pop()
     columns = _columns(batch)
     return len(columns[0]) if columns else None
+
+
+def _holds_packed(tree: Any) -> bool:
+    """Return whether a packed sequence is in `tree`, whose rows are steps in time."""
+    held = isinstance(tree, PackedSequence)
+    return held or any(_holds_packed(part) for _, part in _parts(tree) or ())
 
 
 def rows(batch: Any, start: int, stop: int) -> Any:

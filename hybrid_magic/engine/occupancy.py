@@ -23,7 +23,8 @@ class Occupancy:
     """Of one step. `first_peaks` are the most in use in the forward and the backward pass of its
     first micro-batch, `kept_bytes` what was there before and is of no kind (copies of the engine);
     `activations` and `flops_of` are by module, with the modules in it; arithmetic and traffic are
-    those of forward and backward passes."""
+    those of forward and backward passes. Where some arithmetic cannot be counted `flops` is empty,
+    and `uncounted` holds its modules."""
 
     look: Look
     peaks: list[Peak] = field(default_factory=list)
@@ -33,6 +34,7 @@ class Occupancy:
     module_peaks: dict[str, int] = field(default_factory=dict)
     flops: Counter[str] = field(default_factory=Counter)
     flops_of: Counter[str] = field(default_factory=Counter)
+    uncounted: set[str] = field(default_factory=set)
     convolution_flops: int = 0
     traffic_bytes: int = 0
     reads: list[Read] = field(default_factory=list)
@@ -64,6 +66,10 @@ def of(look: Look) -> Occupancy:
             made.convolution_flops += count if convolution else 0
             for each in above(path):
                 made.flops_of[each] += count
+    unknown = [path for moment, path in ledger.uncounted if computing(moment)]
+    if unknown:
+        made.flops.clear()
+        made.uncounted = {each for path in unknown for each in above(path)}
     made.traffic_bytes = sum(size for moment, size in ledger.traffic if computing(moment))
     made.reads = [read for read in ledger.reads if computing(read.at)]
     made.copies = [copied for copied in ledger.copies if computing(copied.at)]

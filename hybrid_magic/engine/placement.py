@@ -19,15 +19,13 @@ def choose_device(asked: str | None, model: torch.nn.Module) -> torch.device:
     found = {parameter.device for parameter in model.parameters()}
     if asked is not None:
         try:
-            device = torch.device(asked)
-            torch.empty(0, device=device)
+            return torch.empty(0, device=torch.device(asked)).device  # "cuda" gets its number
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             why = str(error).splitlines()[0]
             raise HybridMagicError(
                 f"--device {asked} cannot be used here ({why}); wanted a device of this "
                 "machine; try --device cpu"
             ) from None
-        return device
     if len(found) > 1:
         raise HybridMagicError(
             f"the model's parameters are on {', '.join(sorted(map(str, found)))}; wanted one "

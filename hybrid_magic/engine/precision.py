@@ -6,6 +6,7 @@ what the device does natively (emulation does not count). Knows no loop.
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,12 +32,25 @@ class Precision:
         self.mixed = self.dtype is not None
         self.scaler = torch.amp.GradScaler(device.type) if name == "fp16" else scaler
         self._autocast: Any = (
-            nullcontext() if self.dtype is None else torch.autocast(device.type, dtype=self.dtype)
+            nullcontext()
+            if self.dtype is None
+            else torch.autocast(device.type, dtype=self.dtype, cache_enabled=_may_cache_casts())
         )
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context for a forward pass; made once, entered again and again."""
         return self._autocast
+
+
+@functools.cache
+def _may_cache_casts() -> bool:
+    """Return whether autocast keeps apart the casts of a weight with and without gradients: else
+    (torch 2.4) a pass under no_grad lets the weight learn nothing in the next one."""
+    weight, one = torch.ones(1, 1, requires_grad=True), torch.ones(1, 1)
+    with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            torch.nn.functional.linear(one, weight)
+        return torch.nn.functional.linear(one, weight).requires_grad
 
 
 def refuses_autocast(error: BaseException) -> bool:

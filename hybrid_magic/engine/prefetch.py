@@ -1,8 +1,10 @@
 """Micro-batches on their way to the device, the next one copied while this one computes.
 
 On a GPU the copy runs on one side stream for the whole run; the computing stream waits for it, and
-the memory is marked as in use there, so that it is not given away too early. Copies from pinned
-memory overlap, others do not. Knows no loader and draws nothing.
+the memory is marked as in use there, so that it is not given away too early. Only tensors that lie
+on the host go that way: what memory the person's own objects take cannot be marked, and tensors on
+the device may be still to be computed. Copies from pinned memory overlap, others do not. Knows no
+loader and draws nothing.
 """
 
 from __future__ import annotations
@@ -52,15 +54,18 @@ class SideStreamMover(Mover):
 
     def send(self, batch: Any) -> Any:
         with self.copying():
-            return super().send(batch)
+            return nested.from_host(batch, self._moved)
 
     def receive(self, moved: Any) -> Any:
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self._stream)
         for leaf in nested.leaves(moved):
-            if isinstance(leaf, torch.Tensor):
+            if nested.is_plain(leaf) and leaf.is_cuda:
                 leaf.record_stream(computing)
-        return moved
+        return nested.to_device(moved, self._device, channels_last=self._channels_last)
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        return nested.tensor_to(tensor, self._device, channels_last=self._channels_last)
 
 
 def mover_for(device: torch.device, *, channels_last: bool = False) -> Mover | None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from .placement import move
-from .precision import Precision
 from .undo import Undo
+from .views import asks_for_views
 
 
 def prepare(
@@ -122,37 +122,87 @@ def _clear_gradients(model: nn.Module) -> None:
 
 
 def use_fast_formats(
-    undo: Undo, model: nn.Module, precision: Precision, device: torch.device
+    undo: Undo, model: nn.Module, optimizer: Any, ready: Any, device: torch.device
 ) -> bool:
-    """Use channels_last for convolutions, TF32 for the rest, on tensor cores; return whether so.
+    """Use channels_last for convolutions, TF32 for the rest, on tensor cores; return whether there
+    are convolutions, and nobody asks for views of what they compute.
 
-    Only in mixed precision: FP32 computes exactly as the plain loop does.
+    Only in mixed precision: FP32 computes exactly as the plain loop does. An open step is to be
+    taken back before `undo` puts the formats back: its copies go to where the weights are now.
+
+    Args:
+        ready: the run's StepState; it is told how to lay the weights out plainly again.
     """
     if (
         device.type != "cuda"
-        or not precision.mixed
+        or not ready.precision.mixed
         or torch.cuda.get_device_capability(device)[0] < 7
     ):
         return False
-    convolutions = any(parameter.dim() == 4 for parameter in model.parameters())
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    images = [parameter for parameter in model.parameters() if parameter.dim() == 4]
+    if images and asks_for_views(model, ready.compute):
+        images = []
+    # what is laid out in a way of its own stays so
+    changed = [weight for weight in images if weight.is_contiguous()]
+    ready.lay_out_plainly = lambda: _set_format(changed, optimizer, torch.contiguous_format)
+    undo.push(ready.lay_out_plainly)
+    undo.push(_tf32_kept())
+    _use_tf32()
+    _set_format(changed, optimizer, torch.channels_last)
+    return bool(images)
+
+
+def _set_format(weights: Sequence[nn.Parameter], optimizer: Any, memory_format: Any) -> None:
+    """Lay out weights, and what the optimizer keeps of their shape: fused ones refuse to mix."""
+    for weight in weights:
+        state = optimizer.state.get(weight, {}).values()
+        same = [x for x in state if isinstance(x, torch.Tensor) and x.shape == weight.shape]
+        for tensor in (weight, *same):
+            tensor.data = tensor.data.contiguous(memory_format=memory_format)
+
+
+def tf32_places() -> tuple[Any, ...]:
+    """Return where torch holds an `fp32_precision` of its own; older ones hold none."""
+    cudnn = torch.backends.cudnn
+    places = (torch.backends.cuda.matmul, getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None))
+    return tuple(place for place in places if hasattr(place, "fp32_precision"))
+
+
+def _tf32_flags() -> list[tuple[Any, bool]] | None:
+    """Return (place, allow_tf32), None where the person has set an `fp32_precision`: torch then
+    refuses to tell the flags."""
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    try:
+        return [(place, place.allow_tf32) for place in places]
+    except RuntimeError:
+        return None
+
+
+def _use_tf32() -> None:
+    """Allow TF32 in the way that the person does, if they do."""
+    flags = _tf32_flags()
+    if flags is None:
+        for place in tf32_places():
+            place.fp32_precision = "tf32"
+    for place, allowed in flags or ():
+        if not allowed:
+            place.allow_tf32 = True
+
+
+def _tf32_kept() -> Callable[[], None]:
+    """Return what puts torch's switches for TF32 back to where they are now."""
+    flags = _tf32_flags()
+    found = [(place, place.fp32_precision) for place in tf32_places()]
 
     def put_back() -> None:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
-        if convolutions:
-            _set_format(model, torch.contiguous_format)
+        for place, allowed in flags or ():
+            if not allowed:
+                place.allow_tf32 = False
+        for place, precision in found:
+            if place.fp32_precision != precision:
+                place.fp32_precision = precision
 
-    undo.push(put_back)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if convolutions:
-        _set_format(model, torch.channels_last)
-    return convolutions
-
-
-def _set_format(model: nn.Module, memory_format: Any) -> None:
-    for tensor in model.parameters():
-        if tensor.dim() == 4:
-            tensor.data = tensor.data.contiguous(memory_format=memory_format)
+    return put_back
 
 
 class Interrupts:

@@ -41,7 +41,8 @@ def assembled(
     base = next((o for o in ledgers if tuple(o.look.sizes) == usual), None)
     times = _Times(timed, records, probe, lens)
     copied = times.copied(base)
-    stages = _stages(times, copied, adopted=lens.state.step_state.adopted)
+    within = lens.state.step_state.adopted or not lens.sends
+    stages = _stages(times, copied, within=within)
     step_s = times.step_s()
     modules, outside = module_times.modules_of(course.followed, stages, lens, base, probe)
     line, highest = memory_line.line_of(ledgers, probe, config)
@@ -116,8 +117,10 @@ class _Times:
 
 
 def _stages(
-    times: _Times, copied: tuple[float | None, float], *, adopted: bool
+    times: _Times, copied: tuple[float | None, float], *, within: bool
 ) -> tuple[Stage, ...]:
+    """Return the stages of a step; `within`: its copies are done in the forward pass, by the
+    person's own lines or their own objects."""
     late, n, step_s = times.probe.late, len(times.looks), times.step_s()
     copy_s, blocking = copied
 
@@ -127,12 +130,12 @@ def _stages(
         return Stage(name, statistics.fmean(device), _spread(device), host, n)
 
     passes = [
-        stage("forward", times.forward, blocking if adopted else 0.0),  # copied by their own lines
+        stage("forward", times.forward, blocking if within else 0.0),
         stage("backward", times.backward),
         stage("optimizer", times.optimizer),
     ]
     computing = sum(found.seconds for found in passes)
-    waited = max(0.0, statistics.fmean(times.data) - (0.0 if adopted else blocking))
+    waited = max(0.0, statistics.fmean(times.data) - (0.0 if within else blocking))
     if late:  # what the device does not wait for costs nothing
         waited = min(waited, max(0.0, step_s - computing))
     stages = [Stage("data", waited, _spread(times.data), None, n)]
@@ -156,7 +159,7 @@ def _pipeline(
 ) -> Pipeline:
     waited = next(stage.seconds for stage in stages if stage.name == "data")
     host = read_host()
-    pinned = [sent.pinned for sent in lens.sends if sent.pinned is not None]
+    pinned = [sent.pinned for sent in lens.sends]
     if not pinned and base is not None:
         pinned = [copy.pinned for copy in base.copies]
     return Pipeline(

@@ -69,6 +69,7 @@ class TrainState:
         self.epoch_loss = [0.0, 0]  # summed over the epoch's samples, and how many they are
         self.collapsed = False  # the loss scale fell below 1
         self.shares = 1  # processes that train
+        self._larger = 0  # the largest micro-batch since memory was read
 
     # -- what a step gave --
 
@@ -80,7 +81,7 @@ class TrainState:
         """Take in one step, which started over `retries` times and took `seconds`, of which it
         `waited` for data."""
         self._count(result.sizes, result.lr_factor)
-        memory = self._memory(result)  # now: the allocator's account is the host's, and never late
+        memory = self._memory(result, retries)  # the host's account: never late
         taken = (self.step, self.samples, result, memory, retries, waited, seconds)
         if not self.probe.late:
             self._finish(*taken)
@@ -176,11 +177,17 @@ class TrainState:
             advice = "stop, and use --precision bf16 or fp32 (and look for NaN in the data)"
             self.emit(NoteRecord(f"this model does not train in fp16: {why}; {advice}"))
 
-    def _memory(self, result: StepResult) -> Memory:
+    def _memory(self, result: StepResult, retries: int) -> Memory:
+        largest = max(result.sizes)
+        self._larger = max(self._larger, largest + (retries > 0))  # tried since the last reading
         allocated, reserved = self.probe.peak_if_due()
         if pressed := allocated is not None:
             pressed = self.probe.pressure()
             self.probe.reset_peak()
+            self._note_peak(allocated, reserved)
+            if self._larger > largest:  # it is that of a larger size
+                allocated = reserved = None
+            self._larger = 0
         if result.peaks:
             allocated = max([allocated or 0, *(peak or 0 for peak in result.peaks)]) or None
         self._note_peak(allocated, reserved)
@@ -188,10 +195,8 @@ class TrainState:
 
     def _note_peak(self, allocated: int | None, reserved: int | None) -> None:
         run = self.run
-        if allocated is not None:
-            run.peak_allocated_bytes = max(run.peak_allocated_bytes or 0, allocated)
-        if reserved is not None:
-            run.peak_reserved_bytes = max(run.peak_reserved_bytes or 0, reserved)
+        run.peak_allocated_bytes = max(run.peak_allocated_bytes or 0, allocated or 0) or None
+        run.peak_reserved_bytes = max(run.peak_reserved_bytes or 0, reserved or 0) or None
 
     # -- what a person asks --
 

@@ -124,7 +124,7 @@ class Ranks:
 
     def gather(self, row: Sequence[float]) -> list[list[float]]:
         """Return the row of each process; all are as long."""
-        mine = torch.tensor(row, dtype=torch.float64)
+        mine = torch.tensor(row, dtype=torch.float64, device="cpu")
         found = [torch.empty_like(mine) for _ in range(self.size)]
         with self._waiting():
             dist.all_gather(found, mine, group=self._host)
@@ -132,7 +132,7 @@ class Ranks:
 
     def most(self, row: Sequence[float]) -> list[float]:
         """Return the largest value at each place of the rows of all processes."""
-        mine = torch.tensor(row, dtype=torch.float64)
+        mine = torch.tensor(row, dtype=torch.float64, device="cpu")
         with self._waiting():
             dist.all_reduce(mine, dist.ReduceOp.MAX, group=self._host)
         return mine.tolist()

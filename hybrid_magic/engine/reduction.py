@@ -112,6 +112,8 @@ class LossWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if torch.compiler.is_compiling():  # what is traced cannot be noted, and is settled by trial
+            return result
         if getattr(func, "__module__", None) == "torch.nn.functional":
             self._note(func, args, kwargs or {}, result)
         return result

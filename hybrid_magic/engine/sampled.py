@@ -1,16 +1,17 @@
 """A map-style DataLoader, read through its own sampler at any size.
 
 Indices are taken in the sampler's order and handed, cut to the planned sizes, to a DataLoader with
-the same dataset, collate_fn, workers, generator, pin_memory and worker_init_fn. Random numbers are
-drawn exactly when the plain loop would draw them. A size is planned when its samples are asked for,
-so with worker processes a new plan acts as many micro-batches later as the workers were asked for.
+the same dataset, collate_fn, workers, generator, pin_memory and worker_init_fn. For a GPU batches
+are pinned as far as they lie on the host. Random numbers are drawn exactly when the plain loop
+would draw them. A size is planned when its samples are asked for, so with worker processes a new
+plan acts as many micro-batches later as the workers were asked for.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -25,6 +26,7 @@ from torch.utils.data import (
 )
 
 from ..errors import HybridMagicError
+from . import nested
 from .data import NOTHING, Feed, Past, Planner, SplitFeed, StepData, behind
 
 
@@ -92,12 +94,13 @@ class SampledFeed:
         self._tensors = _plain_tensors(loader) if workers == 0 else None
         self.workers = workers
         self.drawn_apart = workers > 0 or self._tensors is not None
+        ours = pin and not loader.pin_memory and torch.cuda.is_available()
         self._loader = DataLoader(
             loader.dataset,
             batch_sampler=_Cut(self),
             num_workers=workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory or pin,
+            collate_fn=_ToBePinned(loader.collate_fn) if ours else loader.collate_fn,
+            pin_memory=loader.pin_memory or ours,
             timeout=loader.timeout if workers else 0,
             worker_init_fn=loader.worker_init_fn,
             multiprocessing_context=loader.multiprocessing_context if workers else None,
@@ -187,7 +190,7 @@ class SampledFeed:
                 taken = [int(index) for index in taken]
             at = taken if order is None else [order[index] for index in taken]
             batch = [tensor[at] for tensor in tensors]
-            yield [tensor.pin_memory() for tensor in batch] if self._pin else batch
+            yield _pinned(batch) if self._pin else batch
 
     def ended(self, samples: int, *, over: bool = False) -> int:
         over = over or samples == self.samples  # the last batch may be short
@@ -201,6 +204,32 @@ class SampledFeed:
                 for worker in iterator._workers:
                     worker.join(5)  # where another one died they are ended, and not waited for
         self._loader._iterator = self._stream = None
+
+
+def _pinned(batch: Any) -> Any:
+    """Return `batch` with its tensors on the host pinned; torch refuses to pin others."""
+    return nested.from_host(batch, torch.Tensor.pin_memory)
+
+
+class _ToBePinned:
+    """A collate_fn whose batches the loader pins our way: a batch that has a `pin_memory` of its
+    own is handed on as what that returns."""
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, samples: Any) -> _Unpinned:
+        return _Unpinned(self._collate(samples))
+
+
+class _Unpinned:
+    """A batch between its collate_fn and the loader's pinning."""
+
+    def __init__(self, batch: Any) -> None:
+        self._batch = batch
+
+    def pin_memory(self) -> Any:
+        return _pinned(self._batch)
 
 
 class _Cut(Sampler[list[int]]):

@@ -166,17 +166,15 @@ def open_state(
             ready.precision, reason = task.precision, "as before"
         if ready.together is not None:
             ready.precision, reason = ready.together.of_first(ready.precision, reason, probe.device)
-    if use_fast_formats(undo, task.model, ready.precision, probe.device) and not task.adopted:
+    images = use_fast_formats(undo, task.model, optimizer, ready, probe.device)
+    if images and not task.adopted:
         ready.mover = mover_for(probe.device, channels_last=True)
     undo.push(lambda: ready.transaction.roll_back(ready.steps))  # before formats are put back
     make_up_front(optimizer, made)
-    _let_skip_on_device(ready)
-    if tree is not None:
-        ready.skip_on_device = ready.may_skip_on_device and tree["step"]["skip_on_device"]
+    _let_skip_on_device(ready, tree)
     state.emit(_start(task, config, probe, optimizer, ready.precision.name, state.sizing.settings))
-    for note in task.notes:
-        if note not in state.run.notes:
-            state.emit(NoteRecord(note))
+    for note in (note for note in task.notes if note not in state.run.notes):
+        state.emit(NoteRecord(note))
     if config.precision == "auto" and tree is None:
         state.emit(BatchChangeRecord(0, "auto", ready.precision.name, "precision", reason))
     if task.rehearses and tree is None and not state.sizing.replaying:
@@ -219,7 +217,7 @@ def _step_state(
     )
 
 
-def _let_skip_on_device(ready: StepState) -> None:
+def _let_skip_on_device(ready: StepState, tree: dict[str, Any] | None) -> None:
     """Have a device that works ahead decide by itself whether to skip, where its optimizer can.
 
     Not before momentum was made: that of a first step that is skipped is no number.
@@ -227,6 +225,8 @@ def _let_skip_on_device(ready: StepState) -> None:
     groups = ready.optimizer.param_groups
     ready.may_skip_on_device = ready.device.late and all(group.get("fused") for group in groups)
     ready.skip_on_device = ready.may_skip_on_device and not any(g.get("momentum") for g in groups)
+    if tree is not None:
+        ready.skip_on_device = ready.may_skip_on_device and tree["step"]["skip_on_device"]
 
 
 def _schedule(

@@ -57,6 +57,7 @@ class StepState:
     adopted: bool = False
     lens: Any = None  # an open `lens.Lens`, told where a step begins and where it is whole
     together: Any = None  # a `together.Together`, where several processes train the model
+    lay_out_plainly: Callable[[], None] = lambda: None  # weights that are channels_last by us
 
 
 @dataclass(slots=True)

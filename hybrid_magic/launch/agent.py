@@ -42,6 +42,8 @@ main(folder, begin)
 _NOISY = ("torch.distributed.elastic", "torch.distributed.launcher", "torchelastic")
 _EVENTS = "torchelastic-events-null"  # made when it is first used
 _SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+_ONE_AT_A_TIME = threading.Lock()
+_LATE_S = 10.0  # an agent sees a second late that its workers are gone; one that hangs keeps nobody
 
 
 class Agent:
@@ -93,7 +95,7 @@ class Agent:
 
     def _run(self) -> None:
         try:
-            with _quiet(), _without_handlers():
+            with _after_others(), _quiet(), _without_handlers():
                 launch_agent(self._config, sys.executable, ["-c", _BOOT, self._folder])
         except ChildFailedError as error:
             self.exit_codes = {rank: failed.exitcode for rank, failed in error.failures.items()}
@@ -102,12 +104,23 @@ class Agent:
 
 
 @contextmanager
+def _after_others() -> Iterator[None]:
+    """Wait until no other agent is left: they share the process's loggers and environment."""
+    alone = _ONE_AT_A_TIME.acquire(timeout=_LATE_S)
+    try:
+        yield
+    finally:
+        if alone:
+            _ONE_AT_A_TIME.release()
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the agent's log out of the notebook, and its settings out of the environment."""
     logging.getLogger(_EVENTS)
     loggers = [
         logger
-        for name, logger in logging.root.manager.loggerDict.items()
+        for name, logger in list(logging.root.manager.loggerDict.items())  # others may add one
         if name.startswith(_NOISY) and isinstance(logger, logging.Logger) and not logger.disabled
     ]
     found = os.environ.get(_SIGNALS)

@@ -7,6 +7,7 @@ Whatever happens, `end` leaves no process behind. Trains nothing and puts nothin
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pathlib
 import queue
@@ -29,6 +30,7 @@ from .worker import STACK, STACK_SIGNAL
 
 TURN_S = 0.05  # the panel is asked as often as this, at least
 ALONE_S = 1.0  # after the first fault, for the others to hear of it by themselves
+# And as long as two steps, for a call into torch hears nothing until it is over:
 GRACE_S = 5.0  # after the first fault, for the others to go back to their last whole step
 PRESS_S, GIVE_UP_S = 3.0, 4.5  # after an interrupt: all but rank 0 end, and then rank 0
 LOOK_S = 1.0  # between looks for one that hangs
@@ -64,9 +66,10 @@ class Following:
         self._gone: set[int] = set()
         self._ended_by_us: set[int] = set()
         self._started = False
-        self._hurry_at: float | None = None
+        self._hurried_at: float | None = None
         self._asked_at: float | None = None
-        self._pressed = False
+        self._step_at = math.inf  # when the step that runs began, as far as it is known
+        self._pressed_at: float | None = None
         self._hangs, self._look_at, self._longest_s = Hangs(), 0.0, 0.0
         self._answers: list[str | None] = []
 
@@ -83,12 +86,12 @@ class Following:
                 self._kill(range(self._size))
                 return
         self._idle.clear()
-        self._started = True
+        self._started, self._step_at = True, time.monotonic()
         for rank in range(self._size):
             self._hub.send(rank, "go")
         while self._unfinished():
             self._turn()
-            if self._hurry_at is not None and time.monotonic() > self._hurry_at - GRACE_S + ALONE_S:
+            if self._hurried_at is not None and time.monotonic() > self._hurried_at + ALONE_S:
                 # Some wait for one that has failed, and go on when it is gone.
                 self.hand_over()
                 self._kill(self.endings)
@@ -130,7 +133,8 @@ class Following:
         if now >= self._look_at:
             self._look_at = now + LOOK_S
             self._look_for_a_hang(now)
-        if self._hurry_at is not None and now >= self._hurry_at:
+        grace = GRACE_S + (0.0 if self.written else 2 * self._longest_s)
+        if self._hurried_at is not None and now >= self._hurried_at + grace:
             self._kill(self._unfinished())
 
     def _take_messages(self) -> None:
@@ -148,6 +152,7 @@ class Following:
             case ("record", record):
                 if isinstance(record, StepRecord):
                     self._longest_s = max(self._longest_s, record.step_s or 0.0)
+                    self._step_at = time.monotonic()
                 if self._sink is not None and self.own_error is None:
                     with self._own():
                         self._sink(record)
@@ -196,13 +201,15 @@ class Following:
         if self._asked_at is None:
             self._asked_at = now
             self._hub.send(0, "interrupt")
-        past = now - self._asked_at
-        if past >= GIVE_UP_S:
+        asked, whole = self._asked_at, 2 * self._longest_s
+        longer = max(whole, asked - self._step_at)  # a step longer than any before: as long again
+        if self._pressed_at is None:
+            if hits > 1 or now >= asked + PRESS_S + longer:
+                self._pressed_at = now
+                self._kill(rank for rank in self._unfinished() if rank)
+                self._hub.send(0, "interrupt")
+        elif now >= max(asked + whole + GIVE_UP_S, self._pressed_at + GIVE_UP_S - PRESS_S):
             self._kill(self._unfinished())
-        elif (hits > 1 or past >= PRESS_S) and not self._pressed:
-            self._pressed = True
-            self._kill(rank for rank in self._unfinished() if rank)
-            self._hub.send(0, "interrupt")
 
     # -- what goes wrong --
 
@@ -214,8 +221,8 @@ class Following:
         self.fault = self.fault or fault
 
     def _hurry(self) -> None:
-        if self._hurry_at is None:
-            self._hurry_at = time.monotonic() + GRACE_S
+        if self._hurried_at is None:
+            self._hurried_at = time.monotonic()
 
     def _kill(self, ranks: Iterable[int]) -> None:
         """End processes, each with all of its group."""

@@ -7,33 +7,35 @@ functions and classes that the notebook defines. Knows no process and no line.
 
 from __future__ import annotations
 
-import errno
 import linecache
 import os
-import pickle
+import re
 import shutil
-import types
+import sys
 from typing import Any
 
 import torch
 from torch.serialization import default_restore_location
 
 from ..engine.checkpoint_folder import in_words
+from ..engine.optimizer_state import is_adam_like
+from ..engine.prepare import tf32_places
 from ..engine.randomness import all_states, put_all_back
 from ..engine.rewind import generators_of
 from ..errors import HybridMagicError
-from .pickling import Pickler
+from .pickling import Pickler, is_full, save
 from .unsendable import found_in, refusal
 
 NAME = "parcel.pt"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_ONE_GPU = re.compile(r"cuda:\d+")
 
 
 def pack(folder: str, things: dict[str, Any]) -> None:
     """Write `things`, the keywords of `engine.train.train`, for the workers.
 
     Raises:
-        HybridMagicError: something in it cannot be sent, which is named; or the disk is full.
+        HybridMagicError: something in it cannot be sent, which is named; or the disk is full, or
+            would be with what comes back.
     """
     loader = things["loader"]
     parcel = {
@@ -42,46 +44,38 @@ def pack(folder: str, things: dict[str, Any]) -> None:
         "seed": torch.initial_seed(),
         "switches": [read() for read, _ in _SWITCHES],
     }
-    pickling = types.SimpleNamespace(__name__="cloudpickle", Pickler=Pickler)
-    path, trouble = os.path.join(folder, NAME), None
-    with open(path, "wb", buffering=0) as file:
-        out: Any = _Told(file)
-        try:
-            torch.save(parcel, out, pickle_module=pickling, pickle_protocol=pickle.HIGHEST_PROTOCOL)
-        except Exception as error:  # noqa: BLE001 - whatever a person's object raises
-            trouble = out.fault or error
-    if trouble is None:
+    try:
+        save(parcel, os.path.join(folder, NAME), Pickler)
+    except Exception as error:  # noqa: BLE001 - whatever a person's object raises
+        trouble = error
+    else:
+        back = _bytes_back(things["model"], things["optimizer"])
+        if shutil.disk_usage(folder).free < back:
+            raise _no_room(folder, f"{in_words(back)} for the trained weights, on their way back")
         return
-    if isinstance(trouble, OSError) and trouble.errno in _FULL:
-        raise HybridMagicError(
-            f"{folder} has {in_words(shutil.disk_usage(folder).free)} free; wanted room for model "
-            "and data, on their way to the worker processes; free some space, or name a larger "
-            "folder in the environment variable TMPDIR"
-        )
+    if is_full(trouble):
+        raise _no_room(folder, "room for model and data, on their way to the worker processes")
     names = things["names"] or {}
     found = found_in((names.get(name, name), thing) for name, thing in things.items())
     raise refusal(found, trouble)
 
 
-class _Told:
-    """A file that keeps its own fault: torch tells of another one on its way out."""
+def _no_room(folder: str, wanted: str) -> HybridMagicError:
+    return HybridMagicError(
+        f"{folder} has {in_words(shutil.disk_usage(folder).free)} free; wanted {wanted}; free some "
+        "space, or name a larger folder in the environment variable TMPDIR"
+    )
 
-    def __init__(self, file: Any) -> None:
-        self._file, self.fault = file, None
 
-    def write(self, data: Any) -> int:
-        left = memoryview(data).cast("B")
-        size = len(left)
-        try:
-            while left:  # an unbuffered file may take a part
-                left = left[self._file.write(left) :]
-        except OSError as error:
-            self.fault = error
-            raise
-        return size
-
-    def flush(self) -> None:
-        """Nothing waits here."""
+def _bytes_back(model: torch.nn.Module, optimizer: Any) -> int:
+    """Return about how much a worker writes: weights, buffers, and what the person's optimizer
+    keeps of each weight that is trained, Adam two values, others one if any."""
+    weights = list(model.parameters())
+    held = [*weights, *model.buffers()]
+    if optimizer is not None:
+        values = 2 if is_adam_like(optimizer) else bool(optimizer.defaults.get("momentum", 1))
+        held += values * [weight for weight in weights if weight.requires_grad]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def unpack(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -100,7 +94,26 @@ def unpack(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
     parcel = torch.load(os.path.join(folder, NAME), map_location=put, mmap=True, weights_only=False)
     for (_, write), value in zip(_SWITCHES, parcel["switches"], strict=True):
         write(value)
+    if gpu != "cpu":
+        _name_own_gpu(parcel["things"], gpu)
     return parcel["things"], {"seed": parcel["seed"], "states": parcel["random"]}
+
+
+def _name_own_gpu(things: dict[str, Any], gpu: str) -> None:
+    """Have "cuda:0" be this process's own GPU, `gpu`, in what the cells and the model hold, as a
+    `torch.device` already is."""
+    model, step = things["model"], things["step"]
+    code = [step, *(type(part).forward for part in model.modules())]
+    held = [vars(part) for part in model.modules()]
+    for function in code:
+        names = getattr(function, "__globals__", None)
+        module = sys.modules.get((names or {}).get("__name__", ""))
+        if names is not None and names is not getattr(module, "__dict__", None):  # a cell's
+            held.append(names)
+    for names in held:
+        for name, value in names.items():
+            if isinstance(value, str) and _ONE_GPU.fullmatch(value):
+                names[name] = gpu
 
 
 def draw_as_there(held: dict[str, Any], loader: Any) -> None:
@@ -126,14 +139,44 @@ def show_sources(cells: dict[str, str]) -> None:
         linecache.cache[name] = len(text), None, text.splitlines(keepends=True), name
 
 
-def _set_cudnn(values: tuple[bool, bool, bool]) -> None:
-    cudnn = torch.backends.cudnn
-    cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = values
+def _set_cudnn(values: tuple[bool, bool]) -> None:
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = values
+
+
+def _default_device() -> torch.device | None:
+    try:
+        found = torch.get_default_device()
+    except AttributeError:  # torch 2.4, after one was taken back
+        return None
+    return None if found.type == "cpu" else found
+
+
+def _set_default_device(device: torch.device | None) -> None:
+    if device is not None or _default_device() is not None:
+        torch.set_default_device(device)
+
+
+def _tf32() -> Any:
+    """Return how FP32 is computed, in the words that the person has used: torch mixes no two."""
+    try:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return [place.fp32_precision for place in tf32_places()]
+
+
+def _set_tf32(found: Any) -> None:
+    if isinstance(found, tuple):
+        torch.set_float32_matmul_precision(found[0])
+        torch.backends.cudnn.allow_tf32 = found[1]
+        return
+    for place, precision in zip(tf32_places(), found, strict=True):
+        place.fp32_precision = precision
 
 
 _SWITCHES: list[tuple[Any, Any]] = [
+    (_default_device, _set_default_device),
     (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (_tf32, _set_tf32),
     (
         lambda: (
             torch.are_deterministic_algorithms_enabled(),
@@ -142,11 +185,7 @@ _SWITCHES: list[tuple[Any, Any]] = [
         lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
     ),
     (
-        lambda: (
-            torch.backends.cudnn.benchmark,
-            torch.backends.cudnn.deterministic,
-            torch.backends.cudnn.allow_tf32,
-        ),
+        lambda: (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
         _set_cudnn,
     ),
 ]

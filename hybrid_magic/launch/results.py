@@ -1,13 +1,17 @@
 """What comes of a worker's training: written there, and put into the notebook's own things.
 
-The same objects hold it afterwards as if they had been trained in the notebook, where they are.
+Weights, optimizer, scheduler and the generators of torch, Python and NumPy are afterwards as if
+they had been trained in the notebook, where they are. What else was written to, such as a list, a
+counter, or a generator that a sampler of the person's own holds, stays as it was.
 """
 
 from __future__ import annotations
 
 import os
+import types
 from typing import Any
 
+import cloudpickle
 import torch
 
 from .. import run as runs
@@ -15,15 +19,20 @@ from ..engine import checkpoint, schedule
 from ..engine.randomness import all_states, put_all_back
 from ..engine.rewind import generators_of
 from ..run import Run
+from .pickling import save
+from .unsendable import found_in, refusal
 
 NAME = "result.pt"
+_OWN = (types.FunctionType, types.MethodType, torch.nn.Module, torch.optim.Optimizer)
 
 
 def write(folder: str, things: dict[str, Any], run: Run) -> None:
     """Write what the things of the parcel have become, and the Run.
 
     Raises:
-        OSError, RuntimeError: it could not be written.
+        OSError: it could not be written.
+        HybridMagicError: something in it cannot be sent, which is named.
+        Exception: as before, where it is not known what.
     """
     scheduler = things["scheduler"]
     tree = {
@@ -33,22 +42,42 @@ def write(folder: str, things: dict[str, Any], run: Run) -> None:
         "run": checkpoint.text_of(run),
         "history_seen": run.history.seen,
     }
-    torch.save(tree, os.path.join(folder, NAME))
+    try:
+        save(tree, os.path.join(folder, NAME), cloudpickle.Pickler)
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a person's object raises
+        states = (("scheduler", tree["scheduler"]), ("optimizer", tree["optimizer"]["state"]))
+        found = found_in((f"{name}.state_dict()", state) for name, state in states)
+        raise error if found is None else refusal(found, error) from None
 
 
 def put_back(folder: str, things: dict[str, Any]) -> Run:
     """Give the person's `things` what a worker wrote, and return the Run, now the last one."""
     path = os.path.join(folder, NAME)
-    tree = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    tree = torch.load(path, map_location="cpu", weights_only=False)  # mapped it would stay
     model = things["model"]
     checkpoint.put_weights_back(tree, model, _stepped_by(things))
     for parameter in model.parameters():
         parameter.grad = None
     if things["scheduler"] is not None:
-        schedule.load(things["scheduler"], tree["scheduler"])
+        scheduler = things["scheduler"]
+        schedule.load(scheduler, _with_own(tree["scheduler"], scheduler.state_dict()))
     put_all_back(tree["random"], generators_of(things["loader"]))
     runs.last_run = checkpoint.run_of(tree)
     return runs.last_run
+
+
+def _with_own(value: Any, now: Any) -> Any:
+    """Return `value` with the functions and models that `now` has in their places: those of the
+    notebook look into the notebook, and are the ones that it trains."""
+    if isinstance(value, _OWN):
+        return now if isinstance(now, _OWN) else value
+    if type(value) is dict and isinstance(now, dict):
+        return {key: _with_own(inner, now.get(key)) for key, inner in value.items()}
+    if type(value) is list and isinstance(now, list) and len(value) == len(now):
+        return [_with_own(*pair) for pair in zip(value, now, strict=True)]
+    return value
 
 
 def _stepped_by(things: dict[str, Any]) -> torch.optim.Optimizer:

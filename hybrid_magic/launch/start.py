@@ -6,6 +6,7 @@ The loop is the engine's, in every worker. Whatever happens, no process and no f
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..config import TrainConfig
 from ..engine.control import RunControl
@@ -31,6 +33,8 @@ from .hub import Hub
 from .interrupts import Interrupts
 
 _GIVEN = ("optimizer", "val", "loss", "scheduler")
+_LATE_HOOKS = "_post_accumulate_grad_hooks"
+_NOBODY = " (no process was left); wanted one that can write them; train with --checkpoint"
 
 
 def train_in_processes(
@@ -47,6 +51,7 @@ def train_in_processes(
     run, error = None, None
     with _folder() as folder:
         parcel.pack(folder, things)
+        _give_memory_back()
         with Interrupts() as interrupts:
             hub, agent = Hub(folder, processes), Agent(folder, processes)
             _begin(folder, hub)
@@ -84,6 +89,7 @@ def _checked(things: dict[str, Any]) -> int:
     config = TrainConfig.from_options(options)
     names, loader = things["names"] or {}, things["loader"]
     flag = f"--processes {config.processes}"
+    _check_model(things["model"], names.get("model", "model"), flag)
     if hasattr(loader, "__next__"):
         raise HybridMagicError(
             f"{names.get('loader', 'the loader')} can be read only once, and {flag} reads it in "
@@ -112,6 +118,39 @@ def _checked(things: dict[str, Any]) -> int:
             f"wanted {kind}; leave its number out"
         )
     return config.processes
+
+
+def _check_model(model: Any, name: str, flag: str) -> None:
+    """Refuse a model whose gradients something else than the run sees to.
+
+    Raises:
+        HybridMagicError: found, wanted, do.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise HybridMagicError(
+            f"{name} is a DataParallel, which spreads each batch over all GPUs itself, and {flag} "
+            f"has a process for each; wanted the plain model; use {name}.module, whose weights "
+            "are the same ones, also in the step"
+        )
+    weights = model.named_parameters() if isinstance(model, nn.Module) else ()
+    hooked = [weight for weight, held in weights if getattr(held, _LATE_HOOKS, None)]
+    if hooked:
+        raise HybridMagicError(
+            f"{hooked[0]} of {name} has a hook that runs once its gradient is accumulated, and "
+            f"under {flag} that is one process's share of it; wanted a hook that sees the "
+            "gradient of all; use optimizer.register_step_pre_hook, or train without --processes"
+        )
+
+
+def _give_memory_back() -> None:
+    """Give the notebook's unused GPU memory back: the workers need it."""
+    if not torch.cuda.is_initialized():
+        return
+    gc.collect()
+    for number in range(torch.cuda.device_count()):
+        if torch.cuda.memory_reserved(number) > 0:
+            with torch.cuda.device(number):
+                torch.cuda.empty_cache()
 
 
 def _begin(folder: str, hub: Hub) -> None:
@@ -157,9 +196,8 @@ def _error(following: Following, agent: Agent, size: int, run: Run | None) -> Ba
         return lost.error()
     if run is None:
         return HybridMagicError(
-            f"the run ended whole, and its weights could not be brought back "
-            f"({following.trouble or 'no process was left'}); wanted room for them in the folder "
-            "for temporary files; free some, or train with --checkpoint"
+            "the run ended whole, and its weights could not be brought back"
+            + (following.trouble or _NOBODY)
         )
     return None
 

@@ -64,7 +64,7 @@ def refusal(found: tuple[str, Any] | None, error: BaseException) -> HybridMagicE
 class _Trial(Pickler):
     def persistent_id(self, obj: Any) -> str | None:
         large = isinstance(obj, torch.Tensor) and type(obj) in (torch.Tensor, nn.Parameter)
-        return "held" if large or _is_array(obj) else None
+        return "held" if (large and not obj._backward_hooks) or _is_array(obj) else None
 
 
 def _is_array(thing: Any) -> bool:
@@ -108,6 +108,9 @@ def _pieces(path: str, thing: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"{name} (used by {path})", value) for name, value in {**held, **used}.items())
     elif isinstance(thing, types.MethodType):
         yield f"{path}.__self__", thing.__self__
+    elif isinstance(thing, nn.Parameter):
+        held = [*(thing._backward_hooks or {}).values()]
+        yield from ((f"{path}'s hook", hook) for hook in held)
     elif isinstance(thing, functools.partial):
         yield from _pieces(path, [thing.func, *thing.args, *thing.keywords.values()])
     elif not isinstance(thing, type):

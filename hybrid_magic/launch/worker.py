@@ -18,6 +18,7 @@ import warnings
 from typing import Any
 
 from .. import run as runs
+from ..errors import HybridMagicError
 from .ending import Ending, ending_of
 from .link import Link, Shown
 
@@ -108,13 +109,19 @@ class _Work:
         train(**things, **options)
 
     def delivered(self) -> str | None:
-        """Write what came of the training; return what went wrong, None where nothing did."""
-        from . import results
+        """Write what came of the training; return what went wrong, wanted and to do, None where
+        nothing did."""
+        from . import pickling, results
 
         run = runs.last_run
         assert run is not None
         try:
             results.write(self._link.folder, self._things, run)
-        except Exception as error:  # noqa: BLE001 - a full disk, an optimizer's own state: told
-            return f"{type(error).__name__}: {error}"
+        except HybridMagicError as error:
+            return f": {error}"
+        except Exception as error:  # noqa: BLE001 - a full disk, a person's own state_dict: told
+            wanted = "wanted a state that can be written; see what says so"
+            if pickling.is_full(error):
+                wanted = "wanted room for them in the folder for temporary files; free some"
+            return f" ({type(error).__name__}: {error}); {wanted}, or train with --checkpoint"
         return None

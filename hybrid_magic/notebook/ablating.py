@@ -19,8 +19,9 @@ from ..engine.ablate import ablate
 from ..engine.compare import compare
 from ..engine.control import RunControl
 from ..engine.device import probe_for
+from ..engine.drawing import Own, generators_of
 from ..engine.randomness import seed_everything
-from ..engine.rewind import PutBack, beginning, generators_of
+from ..engine.rewind import PutBack, beginning
 from ..errors import HybridMagicError
 from ..records import Sink
 from ..run import Run
@@ -29,6 +30,7 @@ from .adopted import Loops, Stopped
 from .cell import Cell, read_cell
 from .loopform import form_of
 
+_GENERATORS = (torch.Generator, Own)
 _OURS = ("variants", "seeds", "restore", "log", "o", "plain")  # not what a loop is refused for
 
 
@@ -138,7 +140,7 @@ class CellLoop:
 
     def reseed(self, seed: int) -> None:
         for thing in _things(self._shell.user_ns.values()):
-            if isinstance(thing, torch.Generator):
+            if isinstance(thing, _GENERATORS):
                 thing.manual_seed(seed)
         seed_everything(seed)
 
@@ -157,7 +159,10 @@ class _Unseen:
 
 
 def device_here() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the current GPU, by its number, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def _containers(values: Iterable[Any]) -> Iterator[Any]:
@@ -175,9 +180,10 @@ def _things(values: Iterable[Any]) -> Iterator[Any]:
     for value in _opened(values):
         found = generators_of(value) if hasattr(value, "sampler") else [value]
         for thing in found:
-            known = isinstance(thing, torch.Generator) or hasattr(thing, "load_state_dict")
-            if known and not isinstance(thing, type) and id(thing) not in seen:
-                seen.add(id(thing))
+            known = isinstance(thing, _GENERATORS) or hasattr(thing, "load_state_dict")
+            itself = id(getattr(thing, "drawn", thing))
+            if known and not isinstance(thing, type) and itself not in seen:
+                seen.add(itself)
                 yield thing
 
 

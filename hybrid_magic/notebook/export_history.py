@@ -16,10 +16,11 @@ from ..adopt.pieces import Piece, pieces_of
 from ..adopt.roles import holds_training
 from ..errors import HybridMagicError
 from .cell import transformed
-from .export_memory import Memory, Trained, watch
+from .export_memory import Memory, Trained, parts_of, watch
 
 _UNWRAPPED = ("time", "capture", "prun")  # cell magics that run the cell in the notebook
-_OURS = ("hybrid_train", "hybrid_ablate")
+_TRAINING, _ABLATING = ("hybrid_train",), ("hybrid_ablate",)
+_OURS = (*_TRAINING, *_ABLATING)
 _OF_NO_MATTER = ("matplotlib", "load_ext", "reload_ext", "autoreload", "config", "time", "timeit",
                  "who", "whos", "pinfo", "pinfo2", "reset", "xdel", "history", "pdb",
                  "debug", "hybrid_")  # fmt: skip
@@ -59,12 +60,10 @@ def _read_cell(
     shell: Any, memory: Memory, run: Trained, number: int, raw: str, found: History
 ) -> None:
     """Add the statements of one cell, up to the one that failed or that is the training."""
-    head, _, body = raw.lstrip("\n").partition("\n")
-    skipped = raw[: len(raw) - len(raw.lstrip("\n"))].count("\n")
-    code, first_line = raw, 1
-    if head.startswith("%%"):
+    head, body, above = parts_of(raw)
+    code, first_line = body, above + 1
+    if head:
         name = head[2:].split()[0] if head[2:].split() else ""
-        code, first_line = body, skipped + 2
         if name in _OURS:
             if number == run.number:
                 return  # the training itself
@@ -83,14 +82,16 @@ def _read_cell(
         return
     failed, trainings = memory.failed.get(number), 0
     for piece in pieces:
-        is_ours = _calls_ours(piece.node)
+        is_ours, ablates = (_calls(piece.node, names) for names in (_TRAINING, _ABLATING))
         if is_ours and number == run.number and trainings == run.nth:
             if not isinstance(piece.node, (ast.Expr, ast.Assign)):
                 break
             return
         if failed is not None and failed <= piece.end and number != run.number:
             break
-        if is_ours:
+        if ablates:  # its model is not remembered
+            found.pieces.append(_training(number, frozenset(shell.user_ns)))
+        elif is_ours:
             found.pieces += _runs_of(memory, number, trainings)
             trainings += 1
         elif (line := _own_line(piece.node)) is not None:
@@ -139,9 +140,10 @@ def _magic_call(node: ast.AST) -> tuple[str, list[str]] | None:
     return None
 
 
-def _calls_ours(node: ast.AST) -> bool:
+def _calls(node: ast.AST, names: tuple[str, ...]) -> bool:
+    """Return whether a statement calls one of the magics `names`."""
     calls = filter(None, map(_magic_call, ast.walk(node)))
-    return any(words and words[0] in _OURS for _, words in calls)
+    return any(words and words[0] in names for _, words in calls)
 
 
 def _own_line(node: ast.stmt) -> str | None:

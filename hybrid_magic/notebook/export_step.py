@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..adopt.chance import draws
 from ..adopt.gathering import world_after
 from ..adopt.loop_step import left_out, loop_step
 from ..adopt.names import bound, reads
-from ..adopt.pieces import Piece, indented, pieces_of, reads_of
+from ..adopt.pieces import Piece, indented, lines_of, pieces_of, reads_of
 from ..adopt.plan import Loop, plan_of
 from ..adopt.roles import RefusedError
 from ..errors import HybridMagicError
@@ -56,7 +56,7 @@ def step_of_cell(text: str, log: Sequence[str], names: dict[str, str]) -> Step:
     tree = ast.parse(text)
     if not tree.body:
         return Step(names)
-    rows, last = text.rstrip().splitlines(), tree.body[-1]
+    rows, last = lines_of(text.rstrip()), tree.body[-1]
     values = "{" + ", ".join(f'"{name}": {name}' for name in log) + "}"
     result = f"loss, {values}" if log else "loss"
     if "loss" in bound(tree):
@@ -77,7 +77,11 @@ def _function(model: str, body: str) -> str:
 
 
 def step_of_loop(
-    text: str, number: int, pieces: Sequence[Piece], namespace: Mapping[str, Any]
+    text: str,
+    number: int,
+    pieces: Sequence[Piece],
+    namespace: Mapping[str, Any],
+    evals: Set[str] = frozenset(),
 ) -> Step:
     """Return the step of a cell in the loop form.
 
@@ -86,6 +90,7 @@ def step_of_loop(
         number: of the cell.
         pieces: what was run before the cell.
         namespace: what the notebook holds, looked at for kinds.
+        evals: the names of networks in eval mode before the cell.
     Raises:
         HybridMagicError: the loop decides more than a step can say.
     """
@@ -106,7 +111,7 @@ def step_of_loop(
         )
         before = own[:outer]
         world = world_after([*pieces, *before], namespace)
-        found = loop_step(tree, plan.loops[0], _model_of(plan.loops[0], namespace), world)
+        found = loop_step(tree, plan.loops[0], _model_of(plan.loops[0], namespace), world, evals)
     except RefusedError as refused:
         line = refused.line + _FIRST_LINE - 1
         raise HybridMagicError(f"cell [{number}], line {line}: {refused.text}") from None
@@ -118,7 +123,9 @@ def step_of_loop(
     body += [_written(text, node, plan.loops[0].unit.body) for node in found.work]
     body.append(f"return {found.loss}")
     step = _function(found.model, "\n".join(body))
-    drew = any(map(draws, found.left))
+    if found.in_training_mode and any(".eval()" in piece.text for piece in [*pieces, *before]):
+        before = [*before, *pieces_of(f"{found.model}.train()  # as the loop does", number)]
+    drew = any(draws(world, node) for node in found.left)
     return Step(names, step, options, found.interval, before, list(left_out(found)), drew)
 
 
@@ -141,7 +148,7 @@ def _written(text: str, node: ast.stmt, body: Sequence[ast.stmt]) -> str:
     """Return a statement of the loop as it was written, where it has its lines for itself."""
     others = [other for other in body if other is not node]
     taken = {line for other in others for line in (other.lineno, other.end_lineno)}
-    rows = text.splitlines()[node.lineno - 1 : node.end_lineno]
+    rows = lines_of(text)[node.lineno - 1 : node.end_lineno]
     if node not in body or taken & {node.lineno, node.end_lineno} or '"""' in "".join(rows):
         return ast.unparse(node)
     return textwrap.dedent("\n".join(rows))

@@ -12,10 +12,12 @@ import hashlib
 import pathlib
 import re
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 from ..adopt.arranging import arrange
+from ..adopt.effects import UNSEEN
 from ..adopt.gathering import Gathered, gather
 from ..adopt.names import own_scope
 from ..adopt.pieces import Piece, pieces_of, undefined
@@ -99,13 +101,17 @@ def _script(shell: Any, run: Trained, file: str) -> tuple[Script, list[str]]:
     history = history_before(shell, run)
     namespace = shell.user_ns
     if run.names is None:
-        step = step_of_loop(run.text, run.number, history.pieces, namespace)
+        step = step_of_loop(run.text, run.number, history.pieces, namespace, run.evals)
     else:
         step = step_of_cell(run.text, run.config.log or (), run.names)
     needed = {*step.names.values(), *step.needs()}
     if "get_ipython" in needed:
         _refuse_ipython(f"the step of cell [{run.number}]")
+    if (needed & UNSEEN) - namespace.keys():
+        _refuse_unseen(f"the step of cell [{run.number}]")
     gathered = gather([*history.pieces, *step.before], needed, step.names["model"], namespace)
+    if gathered.unseen:
+        _refuse_unseen(gathered.unseen[0].place)
     for piece in gathered.kept:
         if uses_ipython(piece):
             _refuse_ipython(piece.place)
@@ -113,7 +119,7 @@ def _script(shell: Any, run: Trained, file: str) -> tuple[Script, list[str]]:
             raise HybridMagicError(
                 f"{piece.place} awaits; wanted statements that a script can run; use asyncio.run"
             )
-    _find_missing(gathered, namespace)
+    _find_missing(gathered, namespace, history.pieces)
     arranged = arrange(gathered.kept, needed)
     notes = _notes(gathered, step, run, history.lines)
     source = f"cell [{run.number}] of {notebook_name(shell)}"
@@ -131,15 +137,26 @@ def _refuse_ipython(where: str) -> None:
     )
 
 
-def _find_missing(gathered: Gathered, namespace: dict[str, Any]) -> None:
+def _refuse_unseen(where: str) -> None:
+    raise HybridMagicError(
+        f"{where} reaches names by their text (exec, eval, globals, locals); wanted statements "
+        "that show what they read and make; write the names themselves"
+    )
+
+
+def _find_missing(gathered: Gathered, namespace: dict[str, Any], pieces: Sequence[Piece]) -> None:
     """Write imports for what came into the notebook otherwise: `from torch import *`, `%run`.
 
     Raises:
         HybridMagicError: a name that no statement gives a value.
     """
     found = []
-    for name in sorted(gathered.missing - _KNOWN):
-        text = _import_of(name, namespace.get(name, getattr(builtins, name, None)))
+    for name in sorted(gathered.missing):
+        value = namespace.get(name, getattr(builtins, name, None))
+        text = _star_of(name, value, pieces)
+        if name in _KNOWN and text is None:
+            continue
+        text = text or _import_of(name, value)
         if text is None:
             raise HybridMagicError(
                 f"no cell that was run at the top level makes {name}, which the script needs; "
@@ -163,6 +180,16 @@ def _import_of(name: str, value: Any) -> str | None:
     return f"from {module} import {own}" + (f" as {name}" if name != own else "")
 
 
+def _star_of(name: str, value: Any, pieces: Sequence[Piece]) -> str | None:
+    """Return the import of a name that `from math import *` gave, None where none did."""
+    for piece in reversed(pieces):
+        match piece.node:
+            case ast.ImportFrom(module=str(module), names=[ast.alias(name="*")], level=0):
+                if getattr(sys.modules.get(module), name, _KNOWN) is value:
+                    return f"from {module} import {name}"
+    return None
+
+
 def _notes(gathered: Gathered, step: Step, run: Trained, lines: list[str]) -> list[str]:
     """Return what a person is told of what the script leaves out or cannot have."""
     notes = [
@@ -172,6 +199,10 @@ def _notes(gathered: Gathered, step: Step, run: Trained, lines: list[str]) -> li
     ]
     if step.left:
         notes.append("Left out of the loop: " + "; ".join(dict.fromkeys(step.left)) + ".")
+    if moves := [piece.place for piece in gathered.kept if "chdir(" in piece.text]:
+        notes.append(
+            f"Start it in the folder that the notebook began in: {moves[0]} goes to another one."
+        )
     if lines:
         notes.append("Left out, lines of IPython's own: " + "; ".join(dict.fromkeys(lines)) + ".")
     text = "\n".join([*(piece.text for piece in gathered.kept), step.text])

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import itertools
 import multiprocessing
+import pickle
 from collections import namedtuple
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -23,6 +25,7 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from hybrid_magic.engine import nested
 from hybrid_magic.engine.sampled import open_feed
@@ -335,6 +338,94 @@ def test_a_transformers_batch_stays_one() -> None:
     assert type(piece) is type(batch)
     assert piece["labels"].tolist() == [1, 2]
     assert batch["labels"].tolist() == [0, 1, 2, 3]
+
+
+def packed(*lengths: int) -> PackedSequence:
+    longest_first = list(lengths) == sorted(lengths, reverse=True)
+    return pack_sequence([torch.randn(n, 2) for n in lengths], enforce_sorted=longest_first)
+
+
+def test_a_packed_sequence_is_moved_as_torch_moves_it() -> None:
+    held, plain = packed(3, 2, 4), torch.zeros(3, 2)
+    moved = nested.to_device({"x": held, "y": plain}, torch.device("meta"))
+    assert type(moved["x"]) is PackedSequence
+    assert [leaf.device.type for leaf in moved["x"]] == ["meta", "cpu", "meta", "meta"]
+    assert moved["y"].device.type == "meta"
+
+
+@pytest.mark.parametrize("lengths", [(3, 2, 4), (5,), (1,), (1, 1, 1)])
+def test_a_packed_sequence_is_never_cut(lengths: tuple[int, ...]) -> None:
+    held = packed(*lengths)
+    targets = torch.zeros(sum(lengths))  # one a step in time
+    for batch in (held, (held, targets), {"x": [held], "y": targets}):
+        assert nested.count(batch) is None
+
+
+# -- pinned for a GPU: what lies on the host
+
+
+@pytest.fixture
+def with_gpu(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Torch as where there is a GPU; returns what is pinned, and refuses what torch would."""
+    found: list[torch.Tensor] = []
+
+    def pin(self: torch.Tensor, *_: Any) -> torch.Tensor:
+        if self.device.type != "cpu" or self.is_sparse:
+            raise RuntimeError(f"cannot pin '{self.type()}' only dense CPU tensors can be pinned")
+        found.append(self)
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if hasattr(torch, "accelerator"):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        cuda = torch.device("cuda")
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: cuda)
+    return found
+
+
+class Mixed(Numbered):
+    """Samples that lie on the device, but for their labels."""
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.zeros(3, device="meta"), int(index)
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["tensors", "dataset"])
+def test_a_dataset_on_the_device_is_not_pinned(with_gpu: list[Any], plain: bool) -> None:
+    if plain:
+        data: Any = TensorDataset(torch.zeros(8, 3, device="meta"), torch.arange(8))
+    else:
+        data = Mixed(8)
+    feed = open_feed(DataLoader(data, batch_size=4), "train_loader", pin=True)
+    batches = [batch for step in feed.epoch(planner([[4]])) for batch in step.batches]
+    assert [(type(batch), batch[0].device.type) for batch in batches] == [(list, "meta")] * 2
+    assert [batch[1].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [tensor.tolist() for tensor in with_gpu] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def sparse(samples: list[Any]) -> dict[str, torch.Tensor]:
+    rows = torch.stack([row for _, row in samples])
+    return {"x": rows.to_sparse(), "y": rows}
+
+
+def test_what_a_collate_fn_makes_is_pinned_as_far_as_that_can_be(with_gpu: list[Any]) -> None:
+    loader = DataLoader(Numbered(4), batch_size=4, collate_fn=sparse)
+    feed = open_feed(loader, "train_loader", pin=True)
+    (step,) = feed.epoch(planner([[4]]))
+    assert step.batches[0]["x"].is_sparse
+    assert [tensor is step.batches[0]["y"] for tensor in with_gpu] == [True]
+
+
+def test_worker_processes_hand_over_what_is_to_be_pinned(with_gpu: list[Any]) -> None:
+    loader = DataLoader(Numbered(4), batch_size=4, collate_fn=sparse)
+    made: Any = open_feed(loader, "train_loader", workers=1, pin=True)
+    assert made._loader.pin_memory
+    collate = pickle.loads(pickle.dumps(made._loader.collate_fn))
+    handed = pickle.loads(pickle.dumps(collate([Numbered(4)[n] for n in range(4)])))
+    batch: Any = pin_memory(handed, "cuda")  # what the loader's thread does
+    assert batch["x"].is_sparse
+    assert [tensor is batch["y"] for tensor in with_gpu] == [True]
 
 
 @pytest.mark.parametrize("loader", [[], iter([])], ids=["list", "iterator"])

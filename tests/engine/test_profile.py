@@ -25,6 +25,7 @@ from hybrid_magic.engine import lens as lenses
 from hybrid_magic.engine import precision as precisions
 from hybrid_magic.engine import roofline, tracing
 from hybrid_magic.engine.device import DeviceProbe
+from hybrid_magic.engine.ledger import Ledger
 from hybrid_magic.engine.prefetch import Mover
 
 CPU = torch.device("cpu")
@@ -325,6 +326,118 @@ def wide() -> nn.Module:
 
 def wide_data() -> DataLoader[Any]:
     return loader(torch.randn(4096, 256), torch.randint(0, 5, (4096,)), 512)
+
+
+# -- told by a ledger --
+
+
+def test_a_value_of_the_host_is_no_read_of_the_device() -> None:
+    ledger = Ledger(torch.device("cuda", 0), time.perf_counter)
+    with ledger:
+        depth = torch.rand(1).item()
+        int(torch.tensor([3, 4]).max())
+        torch.tensor([0.0, depth]).nonzero()
+    assert ledger.reads == []
+    ledger = Ledger(CPU, time.perf_counter)
+    with ledger:
+        torch.rand(1).item()
+    assert len(ledger.reads) == 1
+
+
+def test_arithmetic_is_in_the_precision_of_the_first_tensor() -> None:
+    """The last one is a bias in another precision, a scale, or a random seed."""
+    ledger = Ledger(CPU, time.perf_counter)
+    ledger._formulas = {torch.ops.aten.index_select: lambda *_, **__: 7}  # type: ignore[dict-item]
+    with ledger:
+        torch.zeros(2, dtype=torch.bfloat16).index_select(0, torch.tensor([1]))
+    assert [found[2:4] for found in ledger.flops] == [("bf16", 7)]
+
+
+def test_a_recurrent_layer_of_cudnn_is_seen() -> None:
+    ledger = Ledger(torch.device("cuda", 0), time.perf_counter)
+    x, hidden = torch.zeros(5, 2, 4, device="meta"), torch.zeros(1, 2, 8, device="meta")
+    weights = [torch.zeros(32, n, device="meta") for n in (4, 8)]
+    with ledger:
+        ledger.path = "rnn"
+        torch.ops.aten._cudnn_rnn(
+            x, weights, 2, None, hidden, hidden, 2, 8, 0, 1, False, 0.0, True, False, [], None
+        )
+    assert [path for _, path in ledger.uncounted] == ["rnn"]
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.LSTM(12, 8, batch_first=True))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.inner(x)[0][:, -1])
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="its layers are many here")
+def test_where_operations_cannot_be_counted_no_share_of_them_is_told() -> None:
+    x, y = vectors(96)
+    found = looked_at(Recurrent(), loader(x[:, None].repeat(1, 3, 1), y))
+    assert found.work is not None
+    assert found.work.flops == {}
+    assert "the operations of a step could not be counted" in found.table()
+    counted = {module.path: module.flops for module in found.modules}
+    assert counted == {"": None, "inner": None, "inner.0": None, "head": 3 * 2 * 16 * 8 * 5}
+
+
+class Copying(Mover):
+    """A mover to a device that is the host."""
+
+    def send(self, batch: Any) -> Any:
+        return [tensor.clone() for tensor in batch]
+
+
+def test_the_next_steps_input_that_is_there_already_is_input(on: Any) -> None:
+    on(FakeGpu(CPU), Copying(CPU))
+    n, a = 512, 64
+    data = DataLoader(TensorDataset(torch.randn(8 * n, a), torch.zeros(8 * n).long()), n)
+    found = looked_at(nn.Linear(a, 5), data)
+    held = kinds(found, "forward")
+    assert held["input"] == 3 * (4 * n * a + 8 * n)  # on the host, on the device, and the next one
+    assert held.get("rest", 0) < 4 * n * a
+
+
+class Whole:
+    """A batch of the person's own class."""
+
+    def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.x, self.y = x, y
+
+    def to(self, device: torch.device) -> Whole:
+        _spend(0.003)
+        return Whole(self.x.clone(), self.y.clone())
+
+
+class Waiting(Mover):
+    """A mover that leaves the person's own objects until they are waited for, as a GPU's does."""
+
+    def send(self, batch: Any) -> Any:
+        return batch
+
+    def receive(self, moved: Any) -> Any:
+        return super().send(moved)
+
+
+def test_stages_add_up_where_the_persons_own_objects_are_copied(on: Any) -> None:
+    on(FakeGpu(CPU), Waiting(CPU))
+    rows: Any = list(zip(*vectors(128), strict=True))
+
+    def collate(samples: list[Any]) -> Whole:
+        return Whole(*(torch.stack(column) for column in zip(*samples, strict=True)))
+
+    def step(model: Any, batch: Any) -> Any:
+        return F.cross_entropy(model(batch.x), batch.y)
+
+    found = looked_at(mlp(), DataLoader(rows, batch_size=16, collate_fn=collate), step=step)
+    assert sum(stage.seconds for stage in found.stages) == pytest.approx(found.step_s, rel=0.1)
+    assert found.stage("forward").seconds > 0.003  # type: ignore[union-attr]
+    assert found.pipeline.pinned is None
 
 
 # -- what does not fit, what ends early, what is written --

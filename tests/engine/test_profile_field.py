@@ -66,8 +66,9 @@ def test_what_people_train_ends_as_it_was_and_its_parts_add_up(kind):
     for module in found.modules:
         parts = [m for m in found.modules if m.path and m.path.rpartition(".")[0] == module.path]
         for name in ("activation_bytes", "flops"):
-            whole = getattr(module, name)
-            assert sum(getattr(part, name) for part in parts) <= whole <= getattr(top, name)
+            known = [getattr(each, name) for each in (module, top)]
+            if None not in known:  # recurrent layers are not counted
+                assert sum(getattr(part, name) for part in parts) <= known[0] <= known[1]
     for peak in found.peaks:
         assert sum(peak.kinds.values()) == peak.total_bytes
         assert min(peak.kinds.values()) >= 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import re
+import types
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import hybrid_magic as hm
+from hybrid_magic.engine.placement import choose_device
 
 
 class Broken(Dataset[Any]):
@@ -299,3 +301,18 @@ def test_limits_that_cannot_be_kept_are_refused_or_said() -> None:
     run = hm.train(mlp(), loader(), accum=50)
     assert any("--accum 50 is above" in note for note in run.notes)
     assert hm.train(mlp(), loader(), device=torch.device("cpu")).outcome == "finished"
+
+
+@pytest.mark.parametrize(("asked", "found"), [("cuda", "cuda:1"), ("cuda:0", "cuda:0")])
+def test_a_gpu_without_a_number_is_the_current_one(
+    monkeypatch: pytest.MonkeyPatch, asked: str, found: str
+) -> None:
+    """Torch's own memory functions refuse one without."""
+
+    def empty(size: int, *, device: torch.device) -> Any:
+        number = 1 if device.index is None else device.index
+        return types.SimpleNamespace(device=torch.device(device.type, number))
+
+    model = nn.Linear(2, 2)
+    monkeypatch.setattr(torch, "empty", empty)
+    assert choose_device(asked, model) == torch.device(found)

@@ -213,6 +213,24 @@ def test_an_interrupt_ends_all_and_keeps_what_was_trained(temporary, body, again
     assert hm.last_run.steps == float(names["optimizer"].state_dict()["state"][0]["step"]) >= 3
 
 
+@pytest.mark.thorough
+def test_an_interrupt_in_a_long_call_waits_for_it_and_keeps_what_was_trained(temporary):
+    block = "signal.pthread_sigmask(signal.SIG_{}BLOCK, [2])".format
+    body = f"if last: {block('')}; time.sleep(5); {block('UN')}"  # deaf, as a call into torch is
+    names, steps = notebook(body), []
+
+    def sink(record):
+        steps.extend([record] if isinstance(record, StepRecord) else [])
+
+    def in_the_fifth_step():
+        return len(steps) == 4 and not time.sleep(0.3)
+
+    with pytest.raises(KeyboardInterrupt), interrupted_when(in_the_fifth_step):
+        trained_with(names, epochs=5, sink=sink)
+    assert (hm.last_run.outcome, hm.last_run.steps) == ("interrupted", 5)
+    assert names["model"].norm.num_batches_tracked == 5
+
+
 def test_an_interrupt_while_the_processes_start_ends_them(temporary, monkeypatch):
     names = notebook()
     started = follow.Agent.start

@@ -97,10 +97,22 @@ def test_one_process_is_this_one(temporary, monkeypatch, given):
 
 
 def test_a_worker_starts_no_workers(temporary, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run of torchrun's")
     monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
     names = notebook()
     assert trained_with(names, steps=1).steps == 1
+
+
+def test_a_rank_that_was_set_by_hand_is_no_worker(temporary, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    started = []
+    monkeypatch.setattr(
+        "hybrid_magic.launch.start.train_in_processes", lambda *given: started.append(given)
+    )
+    trained_with(notebook())
+    assert len(started) == 1
 
 
 def refused(things, **options):
@@ -122,9 +134,21 @@ def test_what_can_be_known_is_told_before_a_process_is_started(temporary, monkey
         "--device cpu:0 is one device, and --processes 2 takes one for each process; wanted cpu; "
     )
     assert refused(names, lr=0.1).startswith("--lr 0.1 is for a fresh AdamW")
+    doubled = {**names, "model": torch.nn.DataParallel(names["model"])}
+    assert refused(doubled, names={"model": "net"}) == (
+        "net is a DataParallel, which spreads each batch over all GPUs itself, and --processes 2 "
+        "has a process for each; wanted the plain model; use net.module, whose weights are the "
+        "same ones, also in the step"
+    )
     once = {**names, "loader": iter(names["loader"])}
     assert refused(once, names={"loader": "batches"}).startswith(
         "batches can be read only once, and --processes 2 reads it in every process; wanted "
+    )
+    names["model"].norm.weight.register_post_accumulate_grad_hook(lambda _: None)
+    assert refused(names) == (
+        "norm.weight of model has a hook that runs once its gradient is accumulated, and under "
+        "--processes 2 that is one process's share of it; wanted a hook that sees the gradient of "
+        "all; use optimizer.register_step_pre_hook, or train without --processes"
     )
 
 

@@ -185,3 +185,13 @@ def test_explain_says_what_would_be_done_and_runs_nothing(notebook):
     assert ran.error is None, ran.out
     assert "per step" in ran.out
     assert notebook.value("torch.equal(before, weights())")
+
+
+def test_a_gpu_is_known_by_its_number(notebook):
+    notebook.run("""
+from unittest import mock
+from hybrid_magic.notebook.ablating import device_here
+with mock.patch.multiple(torch.cuda, is_available=lambda: True, current_device=lambda: 1):
+    here = str(device_here())
+""")
+    assert notebook.value("here") == "cuda:1"

@@ -327,6 +327,60 @@ for epoch in range(EPOCHS):
 }  # fmt: skip
 
 
+OPTIMIZER = "optimizer = torch.optim.SGD(net.parameters(), lr=0.1)"
+CHANGED = {
+    "by a function, at a global": (
+        "def freeze():\n    for p in net[0].parameters():\n        p.requires_grad = False",
+        "freeze()",
+    ),
+    "by the variable of a loop": (
+        "for p in net[0].parameters():\n    p.requires_grad = False",
+        "for group in optimizer.param_groups:\n    group.update(lr=0.5)",
+    ),
+    "by what it holds": ("head = nn.Linear(8, 3)\nnet[2] = head\nnn.init.ones_(head.weight)",
+                         OPTIMIZER),
+    "by a class": ("class Twice(nn.Linear):\n    pass", "torch.manual_seed(1)",
+                   "net = nn.Sequential(Twice(4, 3))",
+                   "def forward(self, x):\n    return 2 * nn.Linear.forward(self, x)",
+                   "Twice.forward = forward", OPTIMIZER),
+    "by what has a result": ("handle = net[0].register_forward_hook(lambda m, i, o: 3 * o)",
+                            "_ = torch.manual_seed(7)"),
+    "by the layers' modes": (
+        "torch.manual_seed(1)\nnet = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))", OPTIMIZER,
+        "for m in net.modules():\n    if isinstance(m, nn.BatchNorm1d):\n        m.eval()",
+    ),
+    "by an object of an own class": (
+        "class Scaler:\n    def fit(self, x):\n        self.mean = x.mean(0)\n        return self",
+        "scaler = Scaler()\nscaler.fit(images)",
+        "images -= scaler.mean",
+    ),
+    "by the kind of numbers": (
+        "from torch import set_default_dtype\nset_default_dtype(torch.float64)",
+        "images = images.double()\ntorch.manual_seed(1)\nnet = nn.Linear(4, 3)\n" + OPTIMIZER,
+        "train_loader = DataLoader(TensorDataset(images, labels), batch_size=8, shuffle=True)",
+        "set_default_dtype(torch.float32)\nnet.float(); net.double()",
+    ),
+    "with a star, a form feed and names that were a builtin's": (
+        "from math import *\n# page\x0c 3\n# and\u2028 this",
+        "list = [1]\ndel list\nimages /= pi - pow(list((1, 3))[-1], 2)",
+    ),
+    "by a generator": (
+        "import numpy as np\nrng = np.random.default_rng(0)\nshown = rng.choice(48, 5)",
+        "images[rng.permutation(48)[:8]] = 0",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [pytest.param(CHANGED[name], id=name, marks=[pytest.mark.thorough] if place % 2 else [])
+     for place, name in enumerate(CHANGED)],
+)  # fmt: skip
+def test_what_was_changed_before_it_trains_is_changed_in_the_script(notebook, cells):
+    run(notebook, DATA, MODEL, *cells, SECOND, "%hybrid_export train.py")
+    assert notebook.value("same_weights(net, 'train.py')"), text(notebook)
+
+
 @pytest.mark.parametrize("cells", WAYS.values(), ids=WAYS)
 def test_a_script_ends_with_the_notebooks_weights(notebook, cells):
     run(notebook, *cells, "%hybrid_export train.py")
@@ -344,6 +398,25 @@ def test_a_cell_that_failed_counts_up_to_where_it_failed(notebook):
     assert "['lr'] = 0.3" in text(notebook)
     assert "net = None" not in text(notebook)
     assert notebook.value("same_weights(net, 'train.py')")
+
+
+@pytest.mark.parametrize("magic", ["%%time", "%%capture"])
+def test_a_cell_under_a_magic_that_failed_counts_up_to_where_it_failed(notebook, magic):
+    run(notebook, DATA, MODEL)
+    notebook.run(f"\n{magic}\noptimizer.param_groups[0]['lr'] = 0.3\n1 / 0\nlate = net.x = 1")
+    run(notebook, STEP, "%hybrid_export train.py")
+    assert "['lr'] = 0.3" in text(notebook)
+    assert "late" not in text(notebook)
+
+
+@pytest.mark.thorough
+def test_a_comparison_above_a_training_in_one_cell_is_no_training_of_it(notebook):
+    line = "%hybrid_ablate net train_loader --steps 2 --plain"
+    cell = f"{line}\noptimizer.param_groups[0]['lr'] = 0.3\n%hybrid_train net {OPTIONS}"
+    run(notebook, DATA, MODEL, cell)
+    told = run(notebook, "%hybrid_export train.py").out
+    assert "Left out: cell [3] trained net before" in told
+    assert "['lr'] = 0.3" in text(notebook)
 
 
 def test_a_run_that_was_interrupted_is_written_too(notebook):
@@ -377,6 +450,9 @@ SECOND = f"%%hybrid_train {OPTIONS}\nx, y = batch\nloss = F.cross_entropy(net(x)
 NOTES = {
     "trained before": (
         (DATA, MODEL, STEP, SECOND), "cell [3] trained net before", True,
+    ),
+    "another folder": (
+        (DATA, "import os\nos.chdir('.')", MODEL, SECOND), "Start it in the folder that", True,
     ),
     "not trained before": ((DATA, MODEL, STEP, MODEL, SECOND), "trained net before", False),
     "trained by hand before": (
@@ -443,6 +519,27 @@ REFUSED_LOOPS = {
     "weights changed after the step": (
         loop(PLAIN + "net[0].weight.data.clamp_(-1, 1)"), "changes net while it trains",
     ),
+    "a learning rate set by a function that reads the global": (
+        loop(PLAIN, above="    adjust(epoch)\n"), "`adjust(epoch)` changes optimizer",
+    ),
+    "a learning rate set in a comprehension": (
+        loop(PLAIN, above="    [g.update(lr=1) for g in optimizer.param_groups]\n"),
+        "changes optimizer",
+    ),
+    "eval mode in the cell": (
+        "%%hybrid_train\nnet.eval()\n" + loop(PLAIN).split("\n", 1)[1],
+        "line 2: `net.eval()` has net train in eval mode",
+    ),
+    "eval mode at the top of an epoch": (
+        loop(PLAIN, above="    net.eval()\n"), "line 3: `net.eval()` has net train in eval mode",
+    ),
+    "eval mode from the second epoch on": (
+        loop(PLAIN) + "    judge(net)\n", "`judge(net)` has net train in eval mode",
+    ),
+    "layers in eval mode": (
+        loop(PLAIN, above="    net.train()\n    for m in net.children():\n        m.eval()\n"),
+        "line 4: `for m in net.children():` changes net",
+    ),
     "an end of its own": (
         loop(PLAIN, above="    if epoch > 5:\n        break\n"), "decides how long is trained",
     ),
@@ -469,11 +566,21 @@ REFUSED_LOOPS = {
 def test_a_loop_that_is_more_than_a_step_is_refused_at_its_line(notebook, cell, words):
     more = (
         "plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)\n"
-        "def slower(o):\n    o.param_groups[0]['lr'] *= 0.9\ndef epochs():\n    return [0, 1]"
+        "def slower(o):\n    o.param_groups[0]['lr'] *= 0.9\ndef epochs():\n    return [0, 1]\n"
+        "def adjust(n):\n    for g in optimizer.param_groups:\n        g['lr'] = 0.1 / (n + 1)\n"
+        "def judge(m):\n    m.eval()\n    return m(images)"
     )
     told = refusal(notebook, DATA, MODEL, more, cell)
     assert words in told
     assert "%%hybrid_train --epochs N" in told
+
+
+def test_a_loop_in_the_eval_mode_of_before_is_refused_and_one_that_leaves_it_is_written(notebook):
+    told = refusal(notebook, DATA, MODEL, "net.eval()", loop(PLAIN))
+    assert "line 3: the loop trains net in eval mode, as it was before" in told
+    run(notebook, DATA, MODEL, "net.eval()", loop(PLAIN, above="    net.train()\n"))
+    run(notebook, "net.eval()", "%hybrid_export train.py")
+    assert notebook.value("same_weights(net, 'train.py')")
 
 
 def test_what_only_a_notebook_or_a_star_gives_is_imported(notebook):
@@ -500,8 +607,21 @@ REFUSED = {
         (DATA, MODEL, SECOND + "\n!true"), "the step of cell [3] is needed and holds a line",
     ),
     "a name that no cell makes": (
-        ("globals()['width'] = 4", DATA, MODEL, "net.width = width", SECOND),
+        (DATA, MODEL, "shell = get_ipython()",
+         "shell.user_ns['width'] = 4", "net.width = width", SECOND),
         "no cell that was run at the top level makes width",
+    ),
+    "a name that is given by its text": (
+        ("globals()['width'] = 4", DATA, MODEL, "net.width = width", SECOND),
+        "cell [1], line 1 reaches names by their text (exec, eval, globals, locals)",
+    ),
+    "a step that reads by text": (
+        (DATA, MODEL, SECOND + " * eval('1')"), "the step of cell [3] reaches names by their text",
+    ),
+    "a class that is found by its text": (
+        (DATA, "class Net(nn.Linear):\n    pass", "net = eval('Net')(4, 3)",
+         "optimizer = torch.optim.SGD(net.parameters(), lr=0.1)", SECOND),
+        "cell [3], line 1 reaches names by their text",
     ),
     "a name that another training made": (
         (DATA, MODEL, "best = net.state_dict()\n(net(images).sum() * 0).backward()",

@@ -270,6 +270,11 @@ def test_imports_stand_first_once_and_only_what_is_needed_of_them():
     assert imports == ["from __future__ import annotations", "import torch", "from a import b"]
 
 
+def test_a_class_that_draws_where_it_stands_keeps_its_place():
+    cells = "seed(0)\nx = load()", "class Net:\n    mask = torch.rand(3)", "model = Net(x)"
+    assert arranged(*cells)[1] == ["seed(0)", "x = load()", "class Net:\n    mask = torch.rand(3)"]
+
+
 def test_an_import_stays_below_what_it_depends_on():
     cells = 'import os\nos.environ["X"] = "1"\nimport torch', "model = torch.rand(os.n)"
     imports, module, main = arranged(*cells)
