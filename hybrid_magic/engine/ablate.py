@@ -21,8 +21,9 @@ from .checks import check_model
 from .compare import compare
 from .control import RunControl
 from .device import probe_for
+from .drawing import generators_of, places_of
 from .placement import choose_device
-from .rewind import PutBack, beginning, generators_of
+from .rewind import PutBack, beginning
 from .step_state import Compute
 from .train import train
 
@@ -104,7 +105,8 @@ class Training:
         check_model(self.model, (self.names or {}).get("model", "the model"))
         device = next(self.model.parameters()).device
         given = (self.given[name] for name in ("optimizer", "scheduler", "loss"))
-        return beginning([self.model, *given, *generators_of(self.loader)], device)
+        drawn = (*places_of(self.loader), *generators_of(self.loader))
+        return beginning([self.model, *given, *drawn], device)
 
     def reseed(self, seed: int) -> None:
         for generator in generators_of(self.loader):

@@ -6,6 +6,7 @@ come back bit for bit, and so does what later decisions rest on. Knows no file a
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import deque
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from .precision import Precision
 from .progress import TrainState
 from .reading import Reading, read
 from .reduction import Reduction
+from .rewind import give, once
 from .step_state import StepResult, StepState
 
 _OF_STATE = (
@@ -74,8 +76,26 @@ def begun(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
             "kind": type(model).__name__,
             "parameters": dict(_weights(model, optimizer)),
             "buffers": dict(model.named_buffers()),
+            "extra": {name: module.get_extra_state() for name, module in _with_extra(model)},
         },
         "optimizer": {"kind": type(optimizer).__name__, "state": optimizer.state_dict()},
+    }
+
+
+def _with_extra(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that tell a state beside their tensors, as `state_dict` would ask them."""
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            yield name, module
+
+
+def _empty(model: nn.Module) -> set[str]:
+    """Return the names of buffers that are None: a forward pass may make them."""
+    return {
+        f"{prefix}.{name}".removeprefix(".")
+        for prefix, module in model.named_modules()
+        for name, value in module._buffers.items()
+        if value is None
     }
 
 
@@ -118,8 +138,12 @@ def other_kind(tree: dict[str, Any], model: nn.Module, optimizer: Any) -> str | 
     """Return in what the checkpoint's model or optimizer is another one, "its ... here ...", None
     where it fits; nothing is changed."""
     held, here = tree["model"], dict(_weights(model, optimizer))
+    parts: list[tuple[str, dict[str, Any], dict[str, Any]]]
     parts = [("parameters", held["parameters"], here)]
-    parts.append(("buffers", held["buffers"], dict(model.named_buffers())))
+    empty = _empty(model)
+    buffers = {name: value for name, value in held["buffers"].items() if name not in empty}
+    parts.append(("buffers", buffers, dict(model.named_buffers())))
+    parts.append(("states of modules", held["extra"], dict(_with_extra(model))))
     for what, saved, found in parts:
         for name in [*saved, *(name for name in found if name not in saved)]:
             there, now = saved.get(name), found.get(name)
@@ -152,14 +176,27 @@ def put_weights_back(tree: dict[str, Any], model: nn.Module, optimizer: Any) -> 
     with torch.no_grad():
         for name, param in _weights(model, optimizer):
             param.copy_(saved["parameters"][name])
-        for name, buffer in model.named_buffers():
-            value = saved["buffers"][name]
-            if (buffer.shape, buffer.dtype) == (value.shape, value.dtype):
-                buffer.copy_(value)
-            else:  # the model made it anew as it went on
+        here, home = dict(model.named_buffers()), next(model.parameters(), None)
+        for name, value in saved["buffers"].items():
+            buffer = here.get(name)
+            if buffer is not None and _fits(buffer, value):
+                give(buffer, value)
+            else:  # the model made it, or made it anew, as it went on
                 owner, _, last = name.rpartition(".")
-                model.get_submodule(owner)._buffers[last] = value.to(buffer.device)
+                near = home if buffer is None else buffer
+                made = value.to("cpu" if near is None else near.device, copy=True)
+                model.get_submodule(owner)._buffers[last] = made
+        for name, module in _with_extra(model):
+            module.set_extra_state(copy.deepcopy(saved["extra"][name]))
     _put_optimizer_back(tree["optimizer"]["state"], optimizer)
+
+
+def _fits(tensor: Tensor, value: Tensor) -> bool:
+    """Return whether `value` can be copied into `tensor`: elements that share memory are alike."""
+    if (tensor.shape, tensor.dtype) != (value.shape, value.dtype):
+        return False
+    part = once(tensor, value)
+    return part is value or torch.equal(part.expand_as(value), value)
 
 
 def _put_optimizer_back(saved: dict[str, Any], optimizer: Any) -> None:
@@ -181,7 +218,7 @@ def precision_of(
     """Return the precision of the checkpoint, its loss scale as it was; `own` is the person's."""
     held = tree["precision"]
     precision = Precision(held["name"], device) if own is None else own
-    if precision.scaler is not None:
+    if precision.scaler is not None and held["scaler"]:  # it had one, which was not disabled
         precision.scaler.load_state_dict(held["scaler"])
     return precision
 

@@ -28,6 +28,7 @@ LEFT_OVER_S = 3600.0  # where no lock tells: a part this old has no writer any m
 LOCK = ".hybrid_magic.lock"
 _NAME = re.compile(r"checkpoint-\d{8,}\.pt\Z")
 _PART = re.compile(r"checkpoint-\d{8,}\.pt\.\d+\.part\Z")
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LOCKS = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # some network folders
 
 _ours: set[pathlib.Path] = set()  # locked by this process: the system's locks are between processes
@@ -226,6 +227,27 @@ def _read(path: pathlib.Path) -> tuple[Any, str | None]:
         return None, f"cannot be read ({error.strerror})"
     except ValueError as error:
         return None, f"damaged, {error}"
+
+
+def what_went_wrong(
+    error: Exception, path: pathlib.Path, step: int, size_bytes: int
+) -> tuple[Any, str]:
+    """Return the cause of a checkpoint of `size_bytes` not being written, and a sentence on it."""
+    begin = f"the checkpoint of step {step} was not written to {path}"
+    end = "the older ones are as they were, and the next one is tried again"
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _FULL:
+        free = "its disk is full"
+        with contextlib.suppress(OSError):
+            free = f"{in_words(shutil.disk_usage(path).free)} free"
+        wanted = in_words(size_bytes + MARGIN_BYTES)
+        return errno.ENOSPC, f"{begin}: {free}; wanted {wanted}; free some space: {end}"
+    if number == errno.ENOENT:
+        return number, f"{begin}: it is gone; wanted the folder of the run's start; make it anew"
+    reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    return number or type(error), (
+        f"{begin}: {reason}; wanted a folder that can be written; mend that: {end}"
+    )
 
 
 def in_words(size_bytes: float) -> str:

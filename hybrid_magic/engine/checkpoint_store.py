@@ -13,17 +13,17 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from .checkpoint_copy import Copies, size_bytes
-from .checkpoint_folder import MARGIN_BYTES, Folder, Found, in_words
+from .checkpoint_folder import MARGIN_BYTES, Folder, Found, in_words, what_went_wrong
 from .checkpoint_writer import Label, write
 
 SECOND_COPY_BYTES = 2**28  # up to which a second copy waits in memory; a larger one is waited for
 STALL_S = 60.0  # without a byte written: the disk is not answering
 STOP_S = 5.0  # for a writer that was told to stop to come to its next chunk
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(slots=True)
@@ -45,13 +45,21 @@ class Store:
     forked meanwhile has no part in it. `newest` and `problems` may be called at any time.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, keep: int = 3) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        keep: int = 3,
+        waiting: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
         """Nothing is read or made yet.
 
         Args:
             keep: how many whole checkpoints stay, at least 1.
+            waiting: what `save` waits under, where it has to; what that raises comes through.
         """
         assert keep >= 1
+        self._waiting = waiting
         self._folder = Folder(folder)
         self._keep = keep
         self._pid: int | None = None  # of the process that writes; None while none does
@@ -135,8 +143,7 @@ class Store:
         try:
             self.wait()
         finally:
-            with self._state:
-                self._stop, self._job = True, None
+            self.stop()
             try:
                 if self._thread is not None:
                     self._thread.join(STOP_S)
@@ -144,6 +151,11 @@ class Store:
                 self._thread, self._pid = None, None
                 self._free.clear()
                 self._folder.close()
+
+    def stop(self) -> None:
+        """Nothing more is written, and what is half-written ends."""
+        with self._state:
+            self._stop, self._job = True, None
 
     def newest(self, accept: Callable[[Any], str | None] | None = None) -> Found | None:
         """Return the checkpoint that was written last of those that are whole, None without one.
@@ -190,7 +202,10 @@ class Store:
                 replaced, self._job = self._job, None
                 return replaced.copies
             if size > SECOND_COPY_BYTES:
-                if not self._until(lambda: not self._is_writing()):
+                if self._is_writing():
+                    with self._waiting():
+                        self._until(lambda: not self._is_writing())
+                if self._is_writing():
                     return None
                 del self._free[1:]
             return self._free.pop() if self._free else Copies()
@@ -220,7 +235,7 @@ class Store:
             except _StoppedError:
                 pass
             except Exception as error:  # noqa: BLE001 - no fault of a checkpoint ends the training
-                self._tell(*self._what_went_wrong(error, job))
+                self._tell(*what_went_wrong(error, self._folder.path, job.step, job.size_bytes))
             with self._state:
                 self._free.append(job.copies)
                 self._state.notify_all()
@@ -256,28 +271,6 @@ class Store:
                 f"the newest {self._keep}; remove them by hand",
             )
 
-    def _what_went_wrong(self, error: Exception, job: _Job) -> tuple[Any, str]:
-        begin = f"the checkpoint of step {job.step} was not written to {self._folder.path}"
-        end = "the older ones are as they were, and the next one is tried again"
-        number = error.errno if isinstance(error, OSError) else None
-        if number in _FULL:
-            free = "its disk is full"
-            with contextlib.suppress(OSError):
-                free = f"{in_words(shutil.disk_usage(self._folder.path).free)} free"
-            wanted = in_words(job.size_bytes + MARGIN_BYTES)
-            return errno.ENOSPC, f"{begin}: {free}; wanted {wanted}; free some space: {end}"
-        if number == errno.ENOENT:
-            return (
-                number,
-                f"{begin}: it is gone; wanted the folder of the run's start; make it anew",
-            )
-        reason = (
-            error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        )
-        return number or type(error), (
-            f"{begin}: {reason}; wanted a folder that can be written; mend that: {end}"
-        )
-
 
 class NoStore:
     """In place of a Store in a process that leaves the writing to another one."""
@@ -293,6 +286,9 @@ class NoStore:
 
     def problems(self) -> list[str]:
         return []
+
+    def stop(self) -> None:
+        """Nothing is written."""
 
     def close(self) -> None:
         """Nothing is open."""

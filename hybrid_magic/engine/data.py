@@ -141,6 +141,7 @@ class SplitFeed:
         self._loader = loader
         self.note: str | None = None
         stream = iter(loader)
+        self._once = stream is loader  # what was read of it cannot be read again
         try:
             first = next(stream)
         except StopIteration:
@@ -148,6 +149,7 @@ class SplitFeed:
                 f"{name} yields nothing; wanted at least one batch; check its dataset "
                 "(a generator can be read only once)"
             ) from None
+        self.sample = first if self._once else None  # for those who look at one later
         # What was read is not read twice: the first epoch goes on from here.
         self._opened: Iterator[Any] | None = itertools.chain([first], stream)
         size = nested.count(first)
@@ -204,4 +206,5 @@ class SplitFeed:
         return self._ended
 
     def close(self) -> None:
-        self._opened = None
+        if not self._once:
+            self._opened = None

@@ -6,7 +6,7 @@ again from there, and what was trained is gone past. Nothing of the loop waits f
 
 from __future__ import annotations
 
-import io
+import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,17 +15,14 @@ import torch
 
 from ..config import TrainConfig
 from ..errors import HybridMagicError
-from ..policy.steering import StepPlan
 from ..records import NoteRecord, Sink
 from ..run import Run
 from . import checkpoint, ranks, resume, schedule
-from .checkpoint_copy import size_bytes
 from .checkpoint_store import NoStore, Store
 from .data import Past, Plan, Planner, StepData
 from .device import attempt
+from .drawing import Drawing
 from .progress import TrainState
-from .randomness import Boundary, all_states, put_all_back
-from .rewind import generators_of
 from .summing import same_buffers
 from .task import Task
 from .undo import Undo
@@ -41,14 +38,14 @@ class Keeper:
     def __init__(self, config: TrainConfig, loader: Any) -> None:
         """Keep the random states before anything is read of the loader."""
         assert config.checkpoint is not None
-        group = self._group = ranks.current()
-        writes = group is None or group.first
-        self._config, self._store = config, Store(config.checkpoint) if writes else NoStore()
-        self._generators = generators_of(loader)
-        self._between_steps = Boundary(self._generators)
-        self._start = all_states(self._generators)  # as the epoch began
+        self._config, self._group = config, ranks.current()
+        writes = self._group is None or self._group.first
+        self._store = Store(config.checkpoint, waiting=self._waiting) if writes else NoStore()
+        self._drawing = Drawing(loader)
+        self._start = self._drawing.of_epoch()  # as the epoch began
         self._epoch = 0  # that it is of
-        self._boundary: dict[str, Any] | None = None  # random states, where reading changes them
+        self._boundary: dict[str, Any] | None = None  # random states between two steps
+        self._boundary_of = -1  # the steps that were whole then
         self._plans: list[tuple[Plan, int]] = []  # of the epoch's steps, and how many are alike
         self._again: Iterator[Plan] = iter(())
         self._planner: Planner | None = None
@@ -78,26 +75,13 @@ class Keeper:
                 a model or scheduler that no checkpoint can hold; nothing was changed.
         """
         self._task, self._kind = task, kind
-        if task.scheduler is not None and not hasattr(task.scheduler, "load_state_dict"):
-            raise HybridMagicError(
-                f"the scheduler, a {type(task.scheduler).__name__}, has no state_dict(); wanted "
-                "one that a checkpoint can hold; give it state_dict() and load_state_dict()"
-            )
-        tree = checkpoint.begun(task.model, optimizer)
-        tree["schedule"] = None if task.scheduler is None else task.scheduler.state_dict()
-        needed = size_bytes(tree)
-        if not optimizer.state_dict()["state"]:  # two moments, as most have
-            needed += 2 * size_bytes(tree["model"]["parameters"])
-        own = len(self._generators)
-
-        def check(tree: dict[str, Any]) -> None:
-            resume.check(tree, kind, task, optimizer, own)
-
-        self.tree, notes = resume.find(self._store, self._config, check)
-        if self._group is not None:
-            self.tree = _of_first(self._group, self.tree)
+        needed = resume.needed_bytes(task, optimizer, self._start)
+        self.tree, notes = resume.find(
+            self._store, self._group, self._config,
+            lambda tree: resume.check(tree, kind, task, optimizer, self._drawing),
+        )  # fmt: skip
         self._store.check(needed)
-        task.notes[:0] = [*notes, *self._store.problems()]
+        task.notes[:0] = [*notes, *self._drawing.notes(), *self._store.problems()]
         if self.tree is None:
             return run
         task.notes += resume.changed_options(self.tree, self._config)
@@ -122,7 +106,7 @@ class Keeper:
         checkpoint.put_weights_back(tree, task.model, optimizer)
         if task.scheduler is not None:
             schedule.load(task.scheduler, tree["schedule"]["scheduler"])
-        put_all_back(tree["random"], self._generators)
+        self._drawing.put_back(tree["random"])
         resume.close_run(tree, run, [*task.notes, resume.OVER], sink)
         return run
 
@@ -131,14 +115,12 @@ class Keeper:
         assert self._task is not None
         self._state, tree = state, self.tree
         state.at_end = self._at_end
-        self._holds = bool(self._generators) or not self._task.feed.drawn_apart
+        self._holds = bool(self._drawing.generators) or not self._task.feed.drawn_apart
         if tree is None:
             return
         place = tree["state"]
         self._trained = place["step"] - place["epoch_from"] if place["in_epoch"] else 0
-        plans = [
-            StepPlan(tuple(sizes), probe) for sizes, probe, n in tree["plans"] for _ in range(n)
-        ]
+        plans = resume.plans_of(tree)
         if not checkpoint.put_state_back(tree, state):
             plans = plans[: self._trained]
             self._task.notes.append("its batch is steered anew, from the loader's own")
@@ -154,16 +136,17 @@ class Keeper:
         self._reopens = False
         feed.close()  # what was read of it already was read with other random states
         self._opened = time.perf_counter()
-        put_all_back(self._start, self._generators)
+        self._drawing.put_back(self._start)
         return feed.epoch(self._plan, Past(self._trained, self._put_random_back))
 
     def _put_random_back(self) -> None:
         assert self.tree is not None
-        random = self._boundary = self.tree["random"]
-        put_all_back(random, self._generators)
-        if self._task is not None and self._state is not None:
-            taken = time.perf_counter() - self._opened
-            self._task.notes += resume.read_again(self._task.feed, self._state.in_epoch, taken)
+        assert self._task is not None
+        assert self._state is not None
+        feed, taken = self._task.feed, time.perf_counter() - self._opened
+        self._stands(self.tree["random"])
+        self._drawing.put_back(self.tree["random"], ordered=feed.drawn_apart)
+        self._task.notes += resume.read_again(feed, self._state.in_epoch, taken)
 
     def _plan(self, remaining: int | None) -> Plan:
         """Return the plan of the next step: as it was planned before, or by the policy."""
@@ -189,15 +172,26 @@ class Keeper:
 
     def before_step(self, now: float) -> None:
         """Between two steps, before anything is read for the next one, at `now`."""
+        self._let_go()
         if now >= self._due if self._group is None else self._group.agreed.due:
             self.hold()
             self.save()
         elif self._holds:
-            self._boundary = self._between_steps.states()
+            self._stands(self._drawing.between_steps())
+
+    def _let_go(self) -> None:
+        """What the run goes on from was put back: it takes no memory any more, whoever holds it."""
+        if self.tree is not None:
+            self.tree.clear()
+        self.tree = None
 
     def hold(self) -> None:
         """Keep the random states for a checkpoint that is taken before the next step is whole."""
-        self._boundary = all_states(self._generators)
+        self._stands(self._drawing.now())
+
+    def _stands(self, states: dict[str, Any]) -> None:
+        self._boundary = states
+        self._boundary_of = -1 if self._state is None else self._state.step
 
     def epoch_over(self, *, save: bool) -> None:
         """The epoch is over, validated and all; the next one begins with the random states of now.
@@ -212,7 +206,7 @@ class Keeper:
     def _begin_epoch(self) -> None:
         assert self._state is not None
         self._epoch, self._plans, self._boundary = self._state.epoch, [], None
-        self._start = all_states(self._generators)
+        self._start = self._drawing.of_epoch()
 
     def save(self, outcome: str | None = None) -> None:
         """Take a checkpoint of where the run stands; `outcome`: how it ended, None: it goes on."""
@@ -236,15 +230,15 @@ class Keeper:
         self._due = time.perf_counter() + EVERY_S
 
     def _place(self, state: TrainState, task: Task, outcome: str | None) -> dict[str, Any]:
-        start = self._start
-        now = start if not state.in_epoch else self._boundary or all_states(self._generators)
+        here = self._boundary if self._boundary_of == state.step else None
+        now = self._start if not state.in_epoch else here or self._drawing.now()
         return {
             "content": resume.CONTENT,
             "kind": self._kind,
             "ended": outcome and checkpoint.text_of(state.run),
             "config": self._config.as_json(),
-            "data": resume.data_of(task, len(self._generators)),
-            "start": start,
+            "data": resume.data_of(task, self._drawing),
+            "start": self._start,
             "random": now,
             "plans": [[list(plan.sizes), plan.probe, count] for plan, count in self._plans],
         }
@@ -271,28 +265,36 @@ class Keeper:
         if state is not None and not self._ended and state.step:
             self._ended = True
             if state.run.outcome != "failed":
-                self.save(state.run.outcome)
+                try:
+                    self.save(state.run.outcome)
+                except KeyboardInterrupt:
+                    self._store.stop()
+                    self._say(f"the checkpoint of step {state.step} was left out: interrupted")
+                    raise
         self.close()
 
     def close(self) -> None:
         """Wait until all is written, and let others have the folder."""
-        if self._state is None:
-            self._store.close()
+        self._ended = True
+        try:
+            with self._waiting():
+                self._store.close()
+        finally:
+            self._tell()
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """For the disk: an interrupt ends that, unless other processes know nothing of it yet."""
+        state = self._state
+        if state is None or (self._group is not None and not self._ended):
+            yield
             return
-        interrupts = self._state.interrupts
+        interrupts = state.interrupts
         found = interrupts.at_once, interrupts.ending
         interrupts.at_once, interrupts.ending = True, False
         try:
-            self._store.close()
+            if interrupts.hit and not self._ended:
+                raise KeyboardInterrupt
+            yield
         finally:
             interrupts.at_once, interrupts.ending = found
-            self._tell()
-
-
-def _of_first(group: ranks.Ranks, tree: Any) -> Any:
-    """Return the tree that the first of several processes has read."""
-    held = io.BytesIO()
-    if tree is not None:
-        torch.save(tree, held)
-    told = group.of_first(held.getvalue())
-    return torch.load(io.BytesIO(told), weights_only=True) if told and not group.first else tree

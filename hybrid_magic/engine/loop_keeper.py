@@ -16,7 +16,6 @@ from ..records import Sink
 from . import checkpoint, resume, schedule
 from .data import NOTHING, Past, Plan, Recorded
 from .keeper import Keeper
-from .randomness import all_states, put_all_back
 from .task import Task
 
 if TYPE_CHECKING:
@@ -30,13 +29,22 @@ class LoopKeeper(Keeper):
     _run: AdoptedRun
     _passes: Passes
     _pass = -1
+    _owed = False  # the checkpoint of a pass's end
 
     def open_loop(self, run: AdoptedRun, task: Task, sink: Sink | None) -> None:
         """Find what there is to go on from, and make the folder ready.
 
         Raises:
             HybridMagicError: as `open`; or the loop reads no loader whose samples can be counted.
+                Others may have the folder.
         """
+        try:
+            self._open_loop(run, task, sink)
+        except BaseException:
+            self._store.close()
+            raise
+
+    def _open_loop(self, run: AdoptedRun, task: Task, sink: Sink | None) -> None:
         if run.passes is None or run.state is None:
             raise HybridMagicError(
                 f"--checkpoint {self._config.checkpoint} is given, and this loop reads no "
@@ -46,6 +54,7 @@ class LoopKeeper(Keeper):
             )
         self._run, self._passes, self._sink, state = run, run.passes, sink, run.state
         self._met: list[Any] = []  # schedulers that the loop's body steps
+        self._unmet: list[Any] = []  # kind and state of those that it has not stepped again yet
         self._opening = self._start  # the random states as the open pass began
         self._at, self._at_step = self._passes.place, 0  # at the last moment between two batches
         self.open(task, run.optimizer, run.run, "loop")
@@ -53,7 +62,7 @@ class LoopKeeper(Keeper):
         if (tree := self.tree) is None:
             return
         run.uncut, self._at, self._trained = tree["uncut"], tree["handed"], tree["handed"][0]
-        self._opening = tree["opening"]
+        self._opening, self._unmet = tree["opening"], tree["schedulers"]
         found = resume.as_begun(resume.run_of(tree, over=False), run.run)
         vars(state.run).update(vars(found))
         state.run.steps, state.run.samples_seen = state.step, state.samples
@@ -86,14 +95,14 @@ class LoopKeeper(Keeper):
         if is_over:
             if self._pass == state.epoch - 1:  # what stands behind it runs as it did
                 self._passes.told(self._at)
-                put_all_back(self._start, self._generators)
+                self._drawing.put_back(self._start)
             return
         self._epoch, self._planner, self._plans, past = self._pass, self._planned, [], NOTHING
         if is_open:
-            put_all_back(self._opening, self._generators)
+            self._drawing.put_back(self._opening)
             self._opened, past = time.perf_counter(), Past(self._trained, self._gone_past)
         else:
-            self._opening = all_states(self._generators)
+            self._opening = self._drawing.of_epoch()
         stream = self._passes.batches(self._plan, lambda: False, past)
         while True:
             if past is NOTHING:
@@ -122,9 +131,10 @@ class LoopKeeper(Keeper):
         if run.gathered is not None:  # the gradients of some batches wait for their step
             return
         self._at, self._at_step = self._passes.place, 0 if run.step is None else run.step.steps
-        self._boundary = self._between_steps.states()
+        self._stands(self._drawing.between_steps())
         if run.step is None or run.state is None:
             return
+        self._let_go()
         run.interrupts.at_once = True
         if run.interrupts.hit:
             raise KeyboardInterrupt
@@ -141,29 +151,36 @@ class LoopKeeper(Keeper):
         elif run.gathered is None and run.step is not None and state is not None:
             state.epoch, state.in_epoch = self._pass + 1, 0
             self._at, self._at_step = [0, 0, 0, 0, self._passes.place[4]], run.step.steps
+            self._owed = True
             self.save()
+            self._owed = False
 
     def meet(self, scheduler: Any) -> None:
         """The loop's body is about to step this scheduler."""
         if any(met is scheduler for met in self._met):
             return
-        number = len(self._met)
         self._met.append(scheduler)
-        if self.tree is not None and number < len(self.tree["schedulers"]):
-            schedule.load(scheduler, self.tree["schedulers"][number])
+        for number, (kind, state) in enumerate(self._unmet):
+            if kind in (None, type(scheduler).__name__):
+                del self._unmet[number]
+                schedule.load(scheduler, state)
+                return
 
     def _place(self, *args: Any) -> dict[str, Any]:
         return super()._place(*args) | {
             "handed": self._at,
             "opening": self._opening,
             "uncut": self._run.uncut,
-            "schedulers": [scheduler.state_dict() for scheduler in self._met],
+            "schedulers": [
+                *([type(each).__name__, each.state_dict()] for each in self._met),
+                *self._unmet,
+            ],
         }
 
     def end(self) -> None:
         step, state = self._run.step, self._run.state
         whole = step is not None and step.steps == self._at_step
-        if not whole or state is None or not state.in_epoch:
+        if not self._owed and (not whole or state is None or not state.in_epoch):
             self._ended = True  # in the midst of a body, or behind a pass: the last one counts
         super().end()
 

@@ -109,7 +109,7 @@ class Boundary:
     """The random states between two steps, looked at before each: Python's and NumPy's as seldom as
     `StepRandom` does, while nothing is seen to draw from them."""
 
-    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+    def __init__(self, generators: Sequence[Any]) -> None:
         self._generators = generators
         self._looked, self._draws = 0, False
         self._host: Any = None
@@ -123,7 +123,7 @@ class Boundary:
         return all_states(self._generators, self._host)
 
 
-def all_states(generators: Sequence[torch.Generator], host: Any = None) -> dict[str, Any]:
+def all_states(generators: Sequence[Any], host: Any = None) -> dict[str, Any]:
     """Return the state of every generator that is in use, and of `generators`, as plain values;
     `host`: Python's and NumPy's, where they are known."""
     cuda = torch.cuda.is_initialized()
@@ -136,7 +136,7 @@ def all_states(generators: Sequence[torch.Generator], host: Any = None) -> dict[
     }
 
 
-def put_all_back(states: dict[str, Any], generators: Sequence[torch.Generator]) -> None:
+def put_all_back(states: dict[str, Any], generators: Sequence[Any]) -> None:
     """Give every generator its state of `all_states`, also where that went through a file."""
     python, numpy = states["host"]
     random.setstate(python)

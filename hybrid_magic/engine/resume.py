@@ -6,35 +6,44 @@ nothing and trains nothing.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from .. import run as runs
 from ..config import TrainConfig, flag_of
 from ..errors import HybridMagicError
+from ..policy.steering import StepPlan
 from ..records import NoteRecord, Sink
 from ..run import Run
 from . import checkpoint, nested
+from .checkpoint_copy import size_bytes
 from .checkpoint_store import NoStore, Store
 from .data import Feed, StepData
-from .randomness import all_states, put_all_back
-from .rewind import generators_of
+from .drawing import Drawing
+from .ranks import Ranks
 from .sampled import SampledFeed
 from .task import Task
 
 OVER = "the run was over already; raise --epochs, --steps or --minutes to go on"
-CONTENT = 1  # of the tree that is written; another one's is refused
+CONTENT = 2  # of the tree that is written; another one's is refused, but for 1
 _NO_OPTION = {"checkpoint", "resume", "o", "plain"}
 _NAMES = {"val", "optimizer", "loss", "scheduler", "log"}  # names of things, which are the cell's
 _OF_THE_START = {"seed": "random numbers", "lr": "learning rate"}
 
 
 def find(
-    store: Store | NoStore, config: TrainConfig, check: Callable[[Any], None]
+    store: Store | NoStore,
+    group: Ranks | None,
+    config: TrainConfig,
+    check: Callable[[Any], None],
 ) -> tuple[Any, list[str]]:
     """Return the checkpoint to go on from, None to begin anew, and what the person is to know.
 
     Args:
+        group: the processes that train together, of which the first one reads.
         check: raises where a checkpoint cannot be gone on with.
     Raises:
         HybridMagicError: as `check`; or there are checkpoints, and they are not to be gone on from.
@@ -42,11 +51,12 @@ def find(
     place = f"checkpoint={config.checkpoint!r}"
 
     def accept(tree: Any) -> None:
-        if not isinstance(tree, dict) or tree.get("content") != CONTENT:
+        if not isinstance(tree, dict) or tree.get("content") not in (1, CONTENT):
             raise HybridMagicError(
                 f"{place} holds checkpoints that another version of hybrid_magic wrote; wanted "
                 "those of this one; use that version, or another folder"
             )
+        _bring_up(tree)
         if not config.resume:
             raise HybridMagicError(
                 f"{place} holds the checkpoints of a run at step {tree['state']['step']}, which "
@@ -59,14 +69,55 @@ def find(
             raise HybridMagicError(f"{place}: {error}") from None
 
     found = store.newest(accept)
+    tree = None if found is None else found.tree
+    if group is not None:
+        tree = _of_first(group, tree)
     if found is None:
         if not config.resume:
-            return None, []
-        return None, [f"nothing to go on from in {config.checkpoint}: the run begins"]
-    return found.tree, [*found.notes, f"went on from the checkpoint of step {found.step}"]
+            return tree, []
+        return tree, [f"nothing to go on from in {config.checkpoint}: the run begins"]
+    return tree, [*found.notes, f"went on from the checkpoint of step {found.step}"]
 
 
-def check(tree: dict[str, Any], kind: str, task: Task, optimizer: Any, generators: int) -> None:
+def _of_first(group: Ranks, tree: Any) -> Any:
+    """Return the tree that the first of several processes has read."""
+    held = io.BytesIO()
+    if tree is not None:
+        torch.save(tree, held)
+    told = group.of_first(held.getvalue())
+    return torch.load(io.BytesIO(told), weights_only=True) if told and not group.first else tree
+
+
+def _bring_up(tree: dict[str, Any]) -> None:
+    """Make a tree of the content before this one into one of today's."""
+    if tree["content"] == CONTENT:
+        return
+    tree["content"] = CONTENT
+    tree["model"]["extra"] = {}
+    tree["schedulers"] = [[None, state] for state in tree.get("schedulers", ())]
+
+
+def needed_bytes(task: Task, optimizer: Any, start: dict[str, Any]) -> int:
+    """Return about how large a checkpoint of this run will be.
+
+    Raises:
+        HybridMagicError: something that no checkpoint can hold.
+    """
+    scheduler = task.scheduler
+    if scheduler is not None and not hasattr(scheduler, "load_state_dict"):
+        raise HybridMagicError(
+            f"the scheduler, a {type(scheduler).__name__}, has no state_dict(); wanted "
+            "one that a checkpoint can hold; give it state_dict() and load_state_dict()"
+        )
+    tree = checkpoint.begun(task.model, optimizer) | {"start": start}
+    tree["schedule"] = None if scheduler is None else scheduler.state_dict()
+    needed = size_bytes(tree)
+    if not optimizer.state_dict()["state"]:  # two moments, as most have
+        needed += 2 * size_bytes(tree["model"]["parameters"])
+    return needed
+
+
+def check(tree: dict[str, Any], kind: str, task: Task, optimizer: Any, drawing: Drawing) -> None:
     """Raise HybridMagicError where the checkpoint is not one of this run."""
     do = "give another folder, or what that run was given"
     if tree["kind"] != kind:
@@ -83,7 +134,8 @@ def check(tree: dict[str, Any], kind: str, task: Task, optimizer: Any, generator
             f"its scheduler is {schedules or 'none'}, and here {mine or 'none'}; wanted the same; "
             f"{do}"
         )
-    before, now = tree["data"], data_of(task, generators)
+    now = data_of(task, drawing)
+    before = now | tree["data"]  # of the content before this one some are not known
     for name, what in _DATA.items():
         at_an_end = tree["state"]["in_epoch"] == 0
         if before[name] != now[name] and not (name == "workers" and at_an_end):
@@ -99,11 +151,12 @@ _DATA = {
     "samples": "epochs had {} samples",
     "batches": "epochs had {} batches",
     "generators": "loader had {} generators of its own",
+    "drawn": "loader drew from {}",
     "workers": "loader had {} worker processes",
 }
 
 
-def data_of(task: Task, generators: int) -> dict[str, Any]:
+def data_of(task: Task, drawing: Drawing) -> dict[str, Any]:
     """Return what the place in the data depends on."""
     feed = task.feed
     return {
@@ -111,9 +164,15 @@ def data_of(task: Task, generators: int) -> dict[str, Any]:
         "base": feed.base,
         "samples": feed.samples,
         "batches": feed.batches,
-        "generators": generators,
+        "generators": len(drawing.generators),
+        "drawn": drawing.kinds(),
         "workers": feed.workers,
     }
+
+
+def plans_of(tree: dict[str, Any]) -> list[StepPlan]:
+    """Return the plans of the open epoch's steps, also of those that were planned ahead."""
+    return [StepPlan(tuple(sizes), probe) for sizes, probe, n in tree["plans"] for _ in range(n)]
 
 
 def read_again(feed: Feed, samples: int, seconds: float) -> list[str]:
@@ -126,11 +185,12 @@ def read_again(feed: Feed, samples: int, seconds: float) -> list[str]:
 
 def sample_of(task: Task) -> StepData:
     """Return a batch of the loader, read for what it looks like; nothing is drawn by that."""
-    found = all_states(generators_of(task.loader))
+    batch, drawing = getattr(task.feed, "sample", None), Drawing(task.loader)
+    found = drawing.of_epoch()
     try:
-        batch = next(iter(task.loader))
+        batch = next(iter(task.loader)) if batch is None else batch
     finally:
-        put_all_back(found, generators_of(task.loader))
+        drawing.put_back(found)
     return StepData([batch], [nested.count(batch) or 1], False)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .drawing import Own, Place
+from .drawing import generators_of as generators_of  # found here by those who rewind
 from .prepare import attributes
 from .randomness import RandomState
 
@@ -23,8 +25,8 @@ def beginning(things: Iterable[Any], device: torch.device) -> PutBack:
     """Return what puts `things` and the random generators back to how they are now.
 
     Args:
-        things: modules, optimizers, torch.Generators, and whatever else has a `state_dict`
-            (schedulers, a GradScaler); others are passed over, and so is None.
+        things: modules, optimizers, generators, a sampler's Place, and whatever else has a
+            `state_dict` (schedulers, a GradScaler); others are passed over, and so is None.
         device: the one that trains.
     """
     works = [work for thing in things if (work := _of(thing)) is not None]
@@ -46,26 +48,12 @@ def undone(put_back: PutBack) -> None:
         raise
 
 
-def generators_of(loader: Any) -> list[torch.Generator]:
-    """Return the generators that a DataLoader draws its order from, each once."""
-    found: dict[int, torch.Generator] = {}
-    waiting = [loader]
-    while waiting:
-        owner = waiting.pop()
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator):
-            found[id(generator)] = generator
-        parts = (getattr(owner, name, None) for name in ("sampler", "batch_sampler"))
-        waiting += [part for part in parts if part is not None and part is not owner]
-    return list(found.values())
-
-
 def _of(thing: Any) -> PutBack | None:
     if isinstance(thing, nn.Module):
         return _module(thing)
     if isinstance(thing, torch.optim.Optimizer):
         return _optimizer(thing)
-    if isinstance(thing, torch.Generator):
+    if isinstance(thing, (torch.Generator, Own, Place)):
         state = thing.get_state()
         return lambda: _ignore(thing.set_state(state))
     if hasattr(thing, "load_state_dict") and not isinstance(thing, type):
@@ -103,11 +91,24 @@ def _module(model: nn.Module) -> PutBack:
             place.update(found)
         with torch.no_grad():
             for tensor, kept, trained, grad in held:
-                tensor.detach().copy_(kept)
+                give(tensor.detach(), kept)
                 tensor.requires_grad_(trained)
                 tensor.grad = grad
 
     return put_back
+
+
+def give(tensor: Tensor, value: Tensor) -> None:
+    """Copy `value` into `tensor`; memory that several elements share (`expand`) is written once."""
+    once(tensor, tensor).copy_(once(tensor, value))
+
+
+def once(tensor: Tensor, value: Tensor) -> Tensor:
+    """Return the part of `value` that has one element for each place in the memory of `tensor`."""
+    if tensor.layout == torch.strided:
+        for dim, (n, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+            value = value.narrow(dim, 0, 1) if n > 1 and not step else value
+    return value
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -526,7 +526,7 @@ def test_checkpoints_are_not_written_over_unasked(tmp_path):
 
 def test_what_another_version_wrote_is_refused(tmp_path, monkeypatch):
     Kit().train(3, checkpoint=tmp_path)
-    monkeypatch.setattr(keeper.resume, "CONTENT", 2)
+    monkeypatch.setattr(keeper.resume, "CONTENT", 3)
     with pytest.raises(HybridMagicError, match="another version of hybrid_magic wrote; wanted"):
         Kit().train(checkpoint=tmp_path, resume=True)
 
