@@ -205,11 +205,25 @@ def _put_optimizer_back(saved: dict[str, Any], optimizer: Any) -> None:
         held = {key: values for key, values in held.items() if float(values.get("step", 1))}
     optimizer.load_state_dict({**saved, "state": held})
     params = _stepped(optimizer)
-    for number, values in held.items():  # torch gives what it loads the dtype of the weight
-        now = optimizer.state.get(params[number], {}) if isinstance(number, int) else {}
+    # torch gives what it loads the dtype of the weight, and leaves it laid out as it was saved
+    for number, values in held.items():
+        weight = params[number] if isinstance(number, int) else None
+        now = {} if weight is None else optimizer.state.get(weight, {})
         for name, value in values.items():
-            if isinstance(value, Tensor) and value.dtype != now[name].dtype:
+            if not isinstance(value, Tensor) or weight is None:
+                continue
+            if value.dtype != now[name].dtype:
                 now[name] = value.to(now[name].device)
+            if value.shape == weight.shape:
+                now[name] = _laid_out_as(weight, now[name])
+
+
+def _laid_out_as(weight: Tensor, value: Tensor) -> Tensor:
+    """Return `value` with the strides of its weight, as fused optimizers want it: it may have been
+    saved where convolutions were channels_last, and come back where they are not."""
+    if value.layout != torch.strided or value.stride() == weight.stride():
+        return value
+    return torch.empty_like(weight, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def precision_of(

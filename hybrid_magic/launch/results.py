@@ -1,8 +1,8 @@
 """What comes of a worker's training: written there, and put into the notebook's own things.
 
-Weights, optimizer, scheduler and the generators of torch, Python and NumPy are afterwards as if
-they had been trained in the notebook, where they are. What else was written to, such as a list, a
-counter, or a generator that a sampler of the person's own holds, stays as it was.
+Weights, optimizer, scheduler, the generators of torch, Python and NumPy, and those that the loader
+holds are afterwards as if they had been trained in the notebook, where they are. What else was
+written to, such as a list or a counter, stays as it was.
 """
 
 from __future__ import annotations

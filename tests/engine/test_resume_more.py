@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 import hybrid_magic as hm
 from hybrid_magic.config import TrainConfig
-from hybrid_magic.engine import checkpoint_store, keeper, resume, rewind
+from hybrid_magic.engine import checkpoint, checkpoint_store, keeper, resume, rewind
 from hybrid_magic.engine.checkpoint_store import Store
 from hybrid_magic.engine.drawing import Drawing, generators_of
 from hybrid_magic.engine.prefetch import Mover
@@ -684,3 +684,20 @@ def test_a_resumed_run_does_not_hold_the_checkpoint_that_it_goes_on_from(
     assert loaded
     assert alive[-1] == 0
     assert alive[len(alive) // 4] == 0
+
+
+def test_what_an_optimizer_keeps_lies_as_its_weights_do_where_it_comes_back() -> None:
+    def stepped(memory_format: Any) -> tuple[nn.Module, Any]:
+        model = nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+        optimizer.step()
+        return model, optimizer
+
+    _, saved = stepped(torch.channels_last)
+    model, optimizer = stepped(torch.contiguous_format)
+    checkpoint._put_optimizer_back(saved.state_dict(), optimizer)
+    for name in ("exp_avg", "exp_avg_sq"):
+        value = optimizer.state[model.weight][name]
+        assert value.stride() == model.weight.stride()
+        assert torch.equal(value, saved.state[saved.param_groups[0]["params"][0]][name])

@@ -97,6 +97,7 @@ def serve() -> None:
 
             for name in set(shell.user_ns) - set(shell.user_ns_hidden):  # reset() collects garbage
                 del shell.user_ns[name]
+            shell.user_ns["_oh"].clear()
             shell.execution_count = len(shell.history_manager.input_hist_parsed)
             hybrid_magic.run.last_run = answer = None
         answers.write(json.dumps(answer) + "\n")
