@@ -109,7 +109,9 @@ def _sets_up(part: ast.AST) -> bool:
     """Return whether a part of a statement sets up what others do: `sys.path.append("lib")`."""
     match part:
         case ast.Call(func=func):
-            return ast.unparse(func).startswith(_SETTING)
+            # a folder made for the time being is another one in every start, and in every process
+            passing = any("temp" in ast.unparse(each) for each in part.args)
+            return ast.unparse(func).startswith(_SETTING) and not passing
         case ast.Attribute(ctx=ast.Store()) | ast.Subscript(ctx=ast.Store()):
             return ast.unparse(part).startswith("sys.path")
     return False

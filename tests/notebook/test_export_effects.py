@@ -142,6 +142,7 @@ def test_every_statement_is_kept_that_changes_what_the_model_is(cells):
         ("import matplotlib.pyplot as plt\nmodel = Net()", "fig, axes = plt.subplots(2)",
          "for i, ax in enumerate(axes):\n    ax.imshow(model[i])\n    ax.axis('off')",
          "for ax, (img, y) in zip(axes, model):\n    ax.imshow(img)\n    ax.set_title(y)"),
+        ("model = Net()", "import os, tempfile", "os.chdir(tempfile.mkdtemp())"),
         ("import torch\nlosses, model = [], Net()", "losses.append(model(1).item())"),
         ("def even(n):\n    return odd(n)\ndef odd(n):\n    return even(n)\nmodel = Net()",
          "even(3)"),
