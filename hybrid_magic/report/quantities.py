@@ -124,8 +124,8 @@ def batch(global_size: int, micro_size: int, micro_batches: int, processes: int 
     where = "" if processes == 1 else f" on each of {processes}"
     if global_size == micro_size * micro_batches * processes:
         return f"{count(global_size)} = {count(micro_size)} {TIMES} {count(micro_batches)}{where}"
-    cut = f"in {count(micro_batches)} pieces of up to {count(micro_size)}"
-    return f"{count(global_size)} {cut}{where}"
+    pieces = f" in {count(micro_batches)} pieces of" if micro_batches > 1 else ","
+    return f"{count(global_size)}{pieces} up to {count(micro_size)}{where}"
 
 
 def change(before: object, after: object) -> str:

@@ -18,6 +18,7 @@ HOSTILE = "<script>alert('x')</script>&\""
         ((100, 32, 4), "100 in 4 pieces of up to 32"),
         ((96, 24, 2, 2), "96 = 24 x 2 on each of 2"),
         ((16, 2, 5, 2), "16 in 5 pieces of up to 2 on each of 2"),
+        ((5, 3, 1, 2), "5, up to 3 on each of 2"),
     ],
 )
 def test_a_batch_is_told_with_what_each_process_holds_at_once(cut, said):
