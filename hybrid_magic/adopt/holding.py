@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator, Mapping
 
-from .names import FUNCTIONS, bound
+from .names import FUNCTIONS, bound, closure
 from .world import World
 
 Aliases = dict[str, set[str]]
@@ -75,14 +75,7 @@ def aliases(world: World, parts: Iterable[ast.AST]) -> Aliases:
 
 def behind(names: Iterable[str], standing: Mapping[str, set[str]]) -> set[str]:
     """Return `names`, and all that they may stand for."""
-    found: set[str] = set()
-    waiting = list(names)
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting += standing.get(name, ())
-    return found
+    return closure(names, lambda name: standing.get(name, ()))
 
 
 def _given(part: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:

@@ -7,7 +7,7 @@ none of this scope's.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -183,3 +183,15 @@ def _exposed(node: ast.stmt, live: frozenset[str]) -> frozenset[str]:
                 found |= (exposed(case.body, live) | guard) - bound(case.pattern)
             return found | reads(node.subject)
     return (live - bound(node)) | reads(node)
+
+
+def closure(names: Iterable[str], following: Callable[[str], Iterable[str]]) -> set[str]:
+    """Return `names`, and all that follows from them, step by step."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += following(name)
+    return found

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .names import FUNCTIONS, base
+from .names import FUNCTIONS, base, closure
 from .pieces import DEFINITIONS, IMPORTS, Piece
 
 _SIMPLE = (int, float, complex, str, bytes, bool, type(None))
@@ -48,15 +48,12 @@ class World:
 
     def reached(self, names: Iterable[str]) -> set[str]:
         """Return `names`, and those that their functions and classes read."""
-        found: set[str] = set()
-        waiting = list(names)
-        while waiting:
-            name = waiting.pop()
-            if name not in found:
-                found.add(name)
-                made_by = self.given.get(name, _NONE).made_by
-                waiting += [*made_by.now, *made_by.late] if made_by is not None else []
-        return found
+
+        def read_by(name: str) -> Iterable[str]:
+            made_by = self.given.get(name, _NONE).made_by
+            return () if made_by is None else (*made_by.now, *made_by.late)
+
+        return closure(names, read_by)
 
     def objects(self, names: Iterable[str]) -> frozenset[str]:
         """Return what the objects of `names` may be, or hold."""

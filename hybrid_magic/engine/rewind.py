@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from .drawing import Own, Place
-from .drawing import generators_of as generators_of  # found here by those who rewind
 from .prepare import attributes
 from .randomness import RandomState
 

@@ -22,9 +22,9 @@ from ..policy import batch as cutting
 from ..policy.facts import Settings
 from . import nested
 from .data import NOTHING, Past, Planner, SplitFeed, StepData, behind
+from .drawing import generators_of
 from .randomness import all_states, put_all_back, seed_everything
 from .ranks import Ranks, current
-from .rewind import generators_of
 from .sampled import SampledFeed, check_loader, is_standard
 
 

@@ -18,10 +18,10 @@ import torch
 from torch.serialization import default_restore_location
 
 from ..engine.checkpoint_folder import in_words
+from ..engine.drawing import generators_of
 from ..engine.optimizer_state import is_adam_like
 from ..engine.prepare import tf32_places
 from ..engine.randomness import all_states, put_all_back
-from ..engine.rewind import generators_of
 from ..errors import HybridMagicError
 from .pickling import Pickler, is_full, save
 from .unsendable import found_in, refusal

@@ -16,8 +16,8 @@ import torch
 
 from .. import run as runs
 from ..engine import checkpoint, schedule
+from ..engine.drawing import generators_of
 from ..engine.randomness import all_states, put_all_back
-from ..engine.rewind import generators_of
 from ..run import Run
 from .pickling import save
 from .unsendable import found_in, refusal

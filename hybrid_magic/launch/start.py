@@ -20,8 +20,8 @@ from torch import nn
 
 from ..config import TrainConfig
 from ..engine.control import RunControl
+from ..engine.drawing import generators_of
 from ..engine.randomness import all_states, put_all_back
-from ..engine.rewind import generators_of
 from ..engine.task import describe
 from ..errors import ConfigError, HybridMagicError
 from ..records import Sink

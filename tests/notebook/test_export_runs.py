@@ -57,6 +57,17 @@ def end(program):
     return out
 
 
+def check_weights(notebook, path):
+    """Two processes end with the weights of the notebook's `net`."""
+    import torch
+
+    found = torch.load(path)
+    wanted = notebook.value("{n: p.tolist() for n, p in net.state_dict().items()}")
+    for name, values in wanted.items():
+        # two halves of a batch are added up in another order
+        torch.testing.assert_close(found[name], torch.tensor(values), rtol=1e-5, atol=1e-6)
+
+
 def quickstart():
     """Return the lesson's cells up to the one that trains with the step alone, and two epochs."""
     cells = json.loads(QUICKSTART.read_text(encoding="utf-8"))["cells"]
@@ -152,19 +163,12 @@ def test_what_torchrun_starts_again_goes_on_from_the_checkpoint(notebook, tmp_pa
     words = ("train.py", "--checkpoint", "kept", "--resume", "--weights", "two.pt")
     told = start(tmp_path, *TORCHRUN, "--max-restarts", "1", *words)
     assert "went on from the checkpoint of step" in told
-    import torch
-
-    found = torch.load(tmp_path / "two.pt")
-    wanted = notebook.value("{n: p.tolist() for n, p in net.state_dict().items()}")
-    for name, values in wanted.items():
-        torch.testing.assert_close(found[name], torch.tensor(values), rtol=1e-5, atol=1e-6)
+    check_weights(notebook, tmp_path / "two.pt")
 
 
 @pytest.mark.thorough
 @pytest.mark.timeout(300)
 def test_two_processes_use_every_sample_once_and_end_with_the_weights_of_one(notebook, tmp_path):
-    import torch
-
     run(
         notebook,
         "import os\nimport torch\nfrom torch import nn\n"
@@ -179,11 +183,7 @@ def test_two_processes_use_every_sample_once_and_end_with_the_weights_of_one(not
     ranks = [(tmp_path / f"seen-{rank}").read_text().split() for rank in (0, 1)]
     assert sorted(ranks[0] + ranks[1]) == sorted(list(map(str, range(48))) * 2)
     assert [len(seen) for seen in ranks] == [48, 48]
-    found = torch.load(tmp_path / "two.pt")
-    wanted = notebook.value("{n: p.tolist() for n, p in net.state_dict().items()}")
-    for name, values in wanted.items():
-        # two halves of a batch are added up in another order
-        torch.testing.assert_close(found[name], torch.tensor(values), rtol=1e-5, atol=1e-6)
+    check_weights(notebook, tmp_path / "two.pt")
     assert "the run was over already" in start(
         tmp_path, *TORCHRUN, "train.py", "--checkpoint", "kept", "--resume"
     )
